@@ -1,0 +1,21 @@
+"""Features on disk: the store, the embedding pipeline and the converters."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eosin.features.convert import convert
+    from eosin.features.extract import extract
+    from eosin.features.store import Features, FeatureStore
+
+_LAZY = {"FeatureStore": "store", "Features": "store", "convert": "convert", "extract": "extract"}
+
+__all__ = ["FeatureStore", "Features", "convert", "extract"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"eosin.features.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'eosin.features' has no attribute {name!r}")
