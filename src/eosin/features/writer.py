@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -90,11 +91,12 @@ def disk_error(error: OSError, path: Path) -> OSError:
     """
     found = re.search(r"errno = (\d+)", str(error))
     number = error.errno or (int(found.group(1)) if found else 0)
-    if number not in _FULL and "No space left" not in str(error):
+    if number not in _FULL:
         return error
-    free = shutil.disk_usage(path.parent).free / 2**20
+    folder = next(p for p in path.absolute().parents if p.is_dir())
+    free = shutil.disk_usage(folder).free / 2**20
     return StoreError(
-        f"cannot write {path}: {os.strerror(number or errno.ENOSPC)} ({free:.1f} MiB free in {path.parent}); nothing "
+        f"cannot write {path}: {os.strerror(number)} ({free:.1f} MiB free in {folder}); nothing "
         "was left behind; make room or give another --out, then run again: finished slides are kept"
     )
 
@@ -119,6 +121,7 @@ class SlideWriter:
         self._recipe = recipe
         self._meta = meta
         self._lock = lock
+        self._sink: _Sink | None = None
         self._file: h5py.File | None = None
         self._datasets: dict[str, _Rows] = {}
         self._rows = 0
@@ -128,10 +131,13 @@ class SlideWriter:
         """Open the temporary file, replacing what a dead writer of this slide left."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = h5py.File(self._temporary, "w", libver=LIBVER, track_order=False)
+            self._sink = _Sink(self._temporary)
+            self._file = h5py.File(self._sink, "w", libver=LIBVER, track_order=False)
+            self._sink.check()
         except OSError as error:
+            cause = self._cause(error)
             self._discard()
-            raise disk_error(error, self.path) from error
+            raise cause from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -180,8 +186,9 @@ class SlideWriter:
         try:
             for name, values in columns.items():
                 self._put(name, values)
+            self._open_sink().check()
         except OSError as error:
-            raise disk_error(error, self.path) from error
+            raise self._cause(error) from error
         self._rows += len(xy)
 
     def finish(
@@ -224,25 +231,33 @@ class SlideWriter:
             self._put("background/tissue", tissue.astype("<f4"))
             self._close()
         except OSError as error:
-            raise disk_error(error, self.path) from error
+            raise self._cause(error) from error
         self._finished = True
 
     def _close(self) -> None:
-        file = self._open_file()
+        file, sink = self._open_file(), self._open_sink()
         for rows in self._datasets.values():
             rows.flush()
         self._write_attributes(file)
         file.flush()
+        sink.check()
         file.attrs["content_hash"] = content_hash(file)
-        file.flush()
         file.close()
         self._file = None
+        sink.check()
+        sink.close()
+        self._sink = None
         replace_durably(self._temporary, self.path)
 
     def _open_file(self) -> h5py.File:
         if self._file is None:
             raise StoreError(f"{self.slide_id}: the writer is closed; use it inside its with block, once")
         return self._file
+
+    def _open_sink(self) -> _Sink:
+        if self._sink is None:
+            raise StoreError(f"{self.slide_id}: the writer is closed; use it inside its with block, once")
+        return self._sink
 
     def _put(self, name: str, values: npt.NDArray[Any]) -> None:
         if name not in self._datasets:
@@ -308,17 +323,78 @@ class SlideWriter:
         file.attrs["recipe_hash"] = self._recipe.hash
         file.attrs["slide"] = canonical_json(dict(self._meta))
 
+    def _cause(self, error: OSError) -> OSError:
+        """Return what to raise: HDF5 may stumble over bytes the sink could not write before."""
+        if self._sink is not None and self._sink.error is not None:
+            error = self._sink.error
+        return disk_error(error, self.path)
+
     def _discard(self) -> None:
         try:
-            if self._file is not None and self._file.id.valid:
+            if self._file is not None:
                 self._file.close()
-        except (OSError, RuntimeError):
-            # HDF5 could not flush (full disk); the error that brought us here is the one to show.
-            pass
+            if self._sink is not None:
+                self._sink.close()
         finally:
-            self._file = None
+            self._file = self._sink = None
             self._temporary.unlink(missing_ok=True)
             self._lock.release()
+
+
+class _Sink(io.RawIOBase):
+    """The file under HDF5. It keeps the first write error and then takes everything.
+
+    HDF5's own driver cannot close a file it could not write and crashes the process at a
+    later point; with this one it closes, and `check` raises what really happened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._raw = open(path, "w+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self.error: OSError | None = None
+
+    def check(self) -> None:
+        """Raise the first error of a write, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        return self._raw.readinto(buffer) or 0
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while len(left) and self.error is None:
+                left = left[self._raw.write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._raw.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class _Rows:
