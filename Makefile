@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := torch,openvino,dicom,fastslide,interop,dev
+READY := $(VENV)/.ready
+
+.PHONY: demo test fast lint docs clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $(READY)
+
+# The main job on a real slide: ends by naming what it made.
+demo: $(READY)
+	$(BIN)/eosin demo --out demo
+
+# Everything CI runs.
+test: lint
+	$(BIN)/python -m pytest
+
+# What to run while working.
+fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/typos
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) demo site build dist

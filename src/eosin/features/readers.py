@@ -1,0 +1,283 @@
+"""Reader processes: they open slides, plan tiles and fill shared memory with pixels.
+
+Reading happens in processes of their own because a codec can crash: a segmentation fault
+then costs one slide and not the run. Each process keeps its slides open and its decoded
+native tiles cached from one task to the next, and across slides.
+
+Tasks go to a process in order and come back in order, so when one dies the first task
+still open on it is the one that killed it; the others are given to its successor.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import shared_memory
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eosin.errors import EosinError, ReaderCrashError, RegionError, SlideError
+from eosin.features.jobs import Job
+from eosin.geometry import ReadPlan
+from eosin.slides import Slide
+
+OPEN_SLIDES = 3
+TASK_TIMEOUT_S = 900.0
+
+
+class ReaderState:
+    """What one reader keeps between tasks: open slides, threads, and the shared pixels."""
+
+    def __init__(self, pixels: npt.NDArray[np.uint8], slot_bytes: int, threads: int) -> None:
+        self.pixels = pixels
+        self.slot_bytes = slot_bytes
+        self._slides: OrderedDict[Job, Slide] = OrderedDict()
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def slide(self, job: Job) -> Slide:
+        """Return the job's slide, opened once and kept while it is in use."""
+        key = job
+        if key not in self._slides:
+            self._slides[key] = job.open()
+            while len(self._slides) > OPEN_SLIDES:
+                _, old = self._slides.popitem(last=False)
+                if old is not job.source:
+                    old.close()
+        self._slides.move_to_end(key)
+        return self._slides[key]
+
+    def slot(self, index: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """Return slot `index` of the shared pixels as an array of `shape`."""
+        start = index * self.slot_bytes
+        return self.pixels[start : start + int(np.prod(shape))].reshape(shape)
+
+    def map(self, function: Callable[[int], None], count: int) -> None:
+        """Run ``function(0) ... function(count - 1)``, on threads when there are several."""
+        if self._pool is None:
+            for i in range(count):
+                function(i)
+        else:
+            list(self._pool.map(function, range(count)))
+
+    def close(self) -> None:
+        """Close every slide this reader opened."""
+        for job, slide in self._slides.items():
+            if slide is not job.source:
+                slide.close()
+        self._slides.clear()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def read_tiles(
+    state: ReaderState, job: Job, plan: ReadPlan, xy: npt.NDArray[np.int64], slot: int
+) -> tuple[npt.NDArray[np.int8], dict[str, npt.NDArray[np.float32]]]:
+    """Read tiles into a slot and measure them.
+
+    Args:
+        state: the reader's.
+        job: slide to read.
+        plan: how a tile is read.
+        xy: (n, 2) level-0 top-left corners.
+        slot: where the pixels go, as (n, tile_px, tile_px, 3) uint8.
+
+    Returns:
+        read_status int8 (n,): 0 read, 1 unreadable; and the pixel-based QC columns, float32 (n,).
+    """
+    from eosin.tiles.qc import PIXEL_COLUMNS, tile_qc
+
+    slide = state.slide(job)
+    count = len(xy)
+    tiles = state.slot(slot, (count, plan.tile_px, plan.tile_px, 3))
+    status = np.zeros(count, dtype=np.int8)
+    table = {name: np.full(count, np.nan, dtype=np.float32) for name in PIXEL_COLUMNS}
+
+    def one(i: int) -> None:
+        try:
+            tiles[i] = slide.read_tile((int(xy[i, 0]), int(xy[i, 1])), plan).rgb
+        except RegionError:
+            status[i] = 1
+            return
+        for name, value in tile_qc(tiles[i], plan.mpp).items():
+            table[name][i] = value
+
+    state.map(one, count)
+    return status, table
+
+
+def _reader_main(connection: Connection, memory_name: str, slot_bytes: int, threads: int) -> None:
+    """Run tasks from the connection until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    memory = shared_memory.SharedMemory(name=memory_name)
+    state = ReaderState(np.ndarray(memory.size, dtype=np.uint8, buffer=memory.buf), slot_bytes, threads)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            break
+        if task is None:
+            break
+        function, args = task
+        try:
+            answer = (True, function(state, *args))
+        except EosinError as error:
+            answer = (False, error)
+        except Exception as error:  # crosses the process boundary and is raised again by `ReaderPool.result`
+            answer = (False, SlideError(f"{type(error).__name__}: {error}"))
+        connection.send(answer)
+    state.close()
+    del state
+    memory.close()
+
+
+class Ticket:
+    """A task given to the pool, and later its answer."""
+
+    __slots__ = ("answer", "args", "done", "function", "what")
+
+    def __init__(self, what: str, function: Callable[..., Any], args: tuple) -> None:
+        self.what = what
+        self.function = function
+        self.args = args
+        self.done = False
+        self.answer: Any = None
+
+
+class _Process:
+    """One reader process, its connection, and the tasks it has not answered."""
+
+    def __init__(self, memory_name: str, slot_bytes: int, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_reader_main, args=(theirs, memory_name, slot_bytes, threads), daemon=True, name="eosin-reader"
+        )
+        self.process.start()
+        theirs.close()
+        self.open: deque[Ticket] = deque()
+
+    def send(self, ticket: Ticket) -> None:
+        self.open.append(ticket)
+        try:
+            self.connection.send((ticket.function, ticket.args))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it died: `ReaderPool._pump` sees the end of the pipe and tells whose fault it was
+
+
+class ReaderPool:
+    """Readers with a fixed number of pixel slots; ``workers=0`` reads inside this process.
+
+    Args:
+        workers: processes that read tiles; one more plans slides.
+        slots: chunks of pixels that may be in flight.
+        slot_bytes: size of a chunk.
+        threads: threads inside each reader.
+    """
+
+    def __init__(self, *, workers: int, slots: int, slot_bytes: int, threads: int = 1) -> None:
+        self._slot_bytes, self._threads = slot_bytes, threads
+        self.free = deque(range(slots))
+        self._memory: shared_memory.SharedMemory | None = None
+        if workers:
+            self._memory = shared_memory.SharedMemory(create=True, size=slots * slot_bytes)
+            pixels = np.ndarray(self._memory.size, dtype=np.uint8, buffer=self._memory.buf)
+        else:
+            pixels = np.empty(slots * slot_bytes, dtype=np.uint8)
+        self._state = ReaderState(pixels, slot_bytes, threads)
+        self._readers = [self._start() for _ in range(workers + 1)] if workers else []
+
+    def _start(self) -> _Process:
+        assert self._memory is not None
+        return _Process(self._memory.name, self._slot_bytes, self._threads)
+
+    def submit(self, what: str, function: Callable[..., Any], *args: Any, planning: bool = False) -> Ticket:
+        """Give ``function(state, *args)`` to the least busy reader; `what` names it in an error.
+
+        Planning goes to a process of its own, so that the next slide's tissue does not hold
+        up the present slide's tiles.
+        """
+        ticket = Ticket(what, function, args)
+        if self._readers:
+            lane = self._readers[:1] if planning else self._readers[1:]
+            min(lane, key=lambda reader: len(reader.open)).send(ticket)
+        return ticket
+
+    def result(self, ticket: Ticket) -> Any:
+        """Wait for a task and return its value.
+
+        Raises:
+            EosinError: what the task raised.
+            ReaderCrashError: its process died, or gave no answer in time.
+        """
+        if not self._readers and not ticket.done:
+            ticket.done = True
+            try:
+                ticket.answer = (True, ticket.function(self._state, *ticket.args))
+            except EosinError as error:
+                ticket.answer = (False, error)
+        while not ticket.done:
+            self._pump()
+        ok, value = ticket.answer
+        if not ok:
+            raise value
+        return value
+
+    def slot(self, index: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """Return slot `index` as an array of `shape`, without copying."""
+        return self._state.slot(index, shape)
+
+    def _pump(self) -> None:
+        """Take in what has arrived; replace readers that died."""
+        ready = wait([reader.connection for reader in self._readers], timeout=TASK_TIMEOUT_S)
+        if not ready:
+            for reader in self._readers:
+                if reader.open:
+                    reader.process.kill()
+            return
+        for index, reader in enumerate(self._readers):
+            if reader.connection not in ready:
+                continue
+            try:
+                answer = reader.connection.recv()
+            except (EOFError, ConnectionResetError):
+                self._readers[index] = self._replace(reader)
+                continue
+            ticket = reader.open.popleft()
+            ticket.answer, ticket.done = answer, True
+
+    def _replace(self, dead: _Process) -> _Process:
+        dead.process.join()
+        dead.connection.close()
+        code = dead.process.exitcode or 0
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if dead.open:
+            culprit = dead.open.popleft()
+            culprit.done = True
+            culprit.answer = (False, ReaderCrashError(f"the reader process died ({reason}) while {culprit.what}"))
+        fresh = self._start()
+        for ticket in dead.open:
+            fresh.send(ticket)
+        return fresh
+
+    def close(self) -> None:
+        """Stop the readers and free the shared pixels."""
+        for reader in self._readers:
+            reader.connection.close()
+        for reader in self._readers:
+            reader.process.join(timeout=2)
+            if reader.process.is_alive():
+                reader.process.kill()
+                reader.process.join()
+        self._readers = []
+        self._state.close()
+        del self._state
+        if self._memory is not None:
+            self._memory.close()
+            self._memory.unlink()
+            self._memory = None

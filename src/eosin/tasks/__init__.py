@@ -1,0 +1,1 @@
+"""Recipes a person names: they join the layers below into one job."""
