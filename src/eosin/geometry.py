@@ -146,7 +146,9 @@ def plan_read(
     )
 
 
-def axis_origins(*, start_px: int, extent_px: int, size_px: float, step_px: float, edge: EdgePolicy) -> npt.NDArray[np.int64]:
+def axis_origins(
+    *, start_px: int, extent_px: int, size_px: float, step_px: float, edge: EdgePolicy
+) -> npt.NDArray[np.int64]:
     """Return the level-0 origins of the tiles along one axis, ascending.
 
     Origin i is ``start + round(i * step)``: rounded from the exact product, never a sum of
@@ -165,7 +167,9 @@ def axis_origins(*, start_px: int, extent_px: int, size_px: float, step_px: floa
         GeometryError: a size or step that is not positive, or an unknown policy.
     """
     if not (size_px > 0 and step_px > 0):
-        raise GeometryError(f"tile size {size_px:g} and step {step_px:g} must be positive (is the overlap >= the tile?)")
+        raise GeometryError(
+            f"tile size {size_px:g} and step {step_px:g} must be positive (is the overlap >= the tile?)"
+        )
     if edge not in EDGE_POLICIES:
         raise GeometryError(f"unknown edge policy {edge!r}; one of {', '.join(EDGE_POLICIES)}")
     if extent_px <= 0:

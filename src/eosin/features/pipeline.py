@@ -320,7 +320,9 @@ class Extraction:
         self._tiles = (0, sum(len(stream.grid) for stream in self._streams.values()))
 
     def _pixels(self, readers: ReaderPool, step: _Step) -> None:
-        assert step.rows is not None and step.slot is not None and step.ticket is not None
+        assert step.rows is not None
+        assert step.slot is not None
+        assert step.ticket is not None
         stream, rows = self._streams[step.grid], step.rows
         tile_px = stream.grid.plan.tile_px
         status, qc = readers.result(step.ticket)

@@ -10,6 +10,7 @@ still open on it is the one that killed it; the others are given to its successo
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 from collections import OrderedDict, deque
@@ -164,10 +165,9 @@ class _Process:
 
     def send(self, ticket: Ticket) -> None:
         self.open.append(ticket)
-        try:
+        # If it died, `ReaderPool._pump` sees the end of the pipe and tells whose fault it was.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send((ticket.function, ticket.args))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it died: `ReaderPool._pump` sees the end of the pipe and tells whose fault it was
 
 
 class ReaderPool:
