@@ -341,6 +341,11 @@ class SlideWriter:
             self._lock.release()
 
 
+def open_raw(path: Path) -> io.FileIO:
+    """Open `path` for reading and writing from empty, unbuffered."""
+    return open(path, "w+b", buffering=0)
+
+
 class _Sink(io.RawIOBase):
     """The file under HDF5. It keeps the first write error and then takes everything.
 
@@ -349,7 +354,7 @@ class _Sink(io.RawIOBase):
     """
 
     def __init__(self, path: Path) -> None:
-        self._raw = open(path, "w+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self._raw = open_raw(path)
         self.error: OSError | None = None
 
     def check(self) -> None:
