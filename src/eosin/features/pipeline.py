@@ -107,12 +107,12 @@ def plan_slide(
         job: slide to plan.
         specs: tile specs.
         stores: folders of the stores each spec feeds; a spec whose stores all have this
-            slide, made from the same inputs, is left out.
+            slide, made from the same inputs, is left out; one that feeds none is planned.
         grid: a grid made beforehand, instead of `specs`.
     """
     slide = state.slide(job)
     inputs = job.inputs_hash(slide.fingerprint)
-    todo = [not all(FeatureStore.open(path).done(job.slide_id, inputs) for path in row) for row in stores]
+    todo = [not row or not all(FeatureStore.open(path).done(job.slide_id, inputs) for path in row) for row in stores]
     if not any(todo):
         return SlidePlan(meta={}, mask=None, grids=(None,) * len(specs))
     mpp = slide.mpp

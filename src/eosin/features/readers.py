@@ -29,6 +29,7 @@ from eosin.geometry import ReadPlan
 from eosin.slides import Slide
 
 OPEN_SLIDES = 3
+SENT_AHEAD = 4
 TASK_TIMEOUT_S = 900.0
 
 
@@ -151,7 +152,11 @@ class Ticket:
 
 
 class _Process:
-    """One reader process, its connection, and the tasks it has not answered."""
+    """One reader process, the tasks it was sent, and the tasks that wait to be sent.
+
+    Few tasks are sent ahead, so that neither side ever blocks writing into a full pipe
+    while the other does the same.
+    """
 
     def __init__(self, memory_name: str, slot_bytes: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -161,13 +166,20 @@ class _Process:
         )
         self.process.start()
         theirs.close()
-        self.open: deque[Ticket] = deque()
+        self.sent: deque[Ticket] = deque()
+        self.waiting: deque[Ticket] = deque()
 
-    def send(self, ticket: Ticket) -> None:
-        self.open.append(ticket)
-        # If it died, `ReaderPool._pump` sees the end of the pipe and tells whose fault it was.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send((ticket.function, ticket.args))
+    def give(self, ticket: Ticket) -> None:
+        self.waiting.append(ticket)
+        self.send()
+
+    def send(self) -> None:
+        while self.waiting and len(self.sent) < SENT_AHEAD:
+            ticket = self.waiting.popleft()
+            self.sent.append(ticket)
+            # If it died, `ReaderPool._pump` sees the end of the pipe and tells whose fault it was.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.connection.send((ticket.function, ticket.args))
 
 
 class ReaderPool:
@@ -205,7 +217,7 @@ class ReaderPool:
         ticket = Ticket(what, function, args)
         if self._readers:
             lane = self._readers[:1] if planning else self._readers[1:]
-            min(lane, key=lambda reader: len(reader.open)).send(ticket)
+            min(lane, key=lambda reader: len(reader.sent) + len(reader.waiting)).give(ticket)
         return ticket
 
     def result(self, ticket: Ticket) -> Any:
@@ -237,7 +249,7 @@ class ReaderPool:
         ready = wait([reader.connection for reader in self._readers], timeout=TASK_TIMEOUT_S)
         if not ready:
             for reader in self._readers:
-                if reader.open:
+                if reader.sent:
                     reader.process.kill()
             return
         for index, reader in enumerate(self._readers):
@@ -248,21 +260,22 @@ class ReaderPool:
             except (EOFError, ConnectionResetError):
                 self._readers[index] = self._replace(reader)
                 continue
-            ticket = reader.open.popleft()
+            ticket = reader.sent.popleft()
             ticket.answer, ticket.done = answer, True
+            reader.send()
 
     def _replace(self, dead: _Process) -> _Process:
         dead.process.join()
         dead.connection.close()
         code = dead.process.exitcode or 0
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if dead.open:
-            culprit = dead.open.popleft()
+        if dead.sent:
+            culprit = dead.sent.popleft()
             culprit.done = True
             culprit.answer = (False, ReaderCrashError(f"the reader process died ({reason}) while {culprit.what}"))
         fresh = self._start()
-        for ticket in dead.open:
-            fresh.send(ticket)
+        fresh.waiting = deque([*dead.sent, *dead.waiting])
+        fresh.send()
         return fresh
 
     def close(self) -> None:

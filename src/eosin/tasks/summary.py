@@ -1,0 +1,58 @@
+"""The cohort at a glance: one row of quality numbers a slide, as CSV and as a page (in the manner of HistoQC)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from eosin.features.pipeline import write_durably
+from eosin.features.store import FeatureStore
+from eosin.tiles.qc import REASONS
+
+QUANTITIES = ("focus", "white", "black", "pen", "fold", "saturation", "od_hematoxylin", "od_eosin")
+
+
+def cohort_summary(store: FeatureStore) -> pd.DataFrame:
+    """Return one row a finished slide, then one a failed slide (column ``failure``).
+
+    Medians are over the tiles that were embedded; ``share_<reason>`` are shares of those.
+    """
+    rows: list[dict[str, Any]] = []
+    for slide_id in store:
+        features = store[slide_id]
+        slide = features.slide
+        ledger = slide.get("mpp") or {}
+        row: dict[str, Any] = {
+            "slide_id": slide_id,
+            "tiles": len(features),
+            "kept": int(features.kept.sum()),
+            "background": len(features.background_xy),
+            "unreadable": len(features.unreadable_xy),
+            "tissue_mm2": (slide.get("tissue") or {}).get("area_mm2"),
+            "mpp_x": ledger.get("x"),
+            "mpp_y": ledger.get("y"),
+            "mpp_source": ledger.get("source"),
+            "mpp_conflict": ledger.get("conflict"),
+            "reader": slide.get("reader"),
+        }
+        for code, reason in enumerate(REASONS):
+            if code and len(features):
+                row[f"share_{reason}"] = round(float((features.reason == code).mean()), 4)
+        for name in QUANTITIES:
+            if name in features.qc and len(features):
+                row[f"median_{name}"] = round(float(np.median(features.qc[name])), 4)
+        row["failure"] = None
+        rows.append(row)
+    rows += [{"slide_id": one["slide_id"], "failure": one["message"]} for one in store.failures()]
+    return pd.DataFrame(rows)
+
+
+def write_summary(store: FeatureStore) -> None:
+    """Write ``summary.csv`` and ``summary.html`` into the store's folder."""
+    table = cohort_summary(store)
+    write_durably(store.path / "summary.csv", table.to_csv(index=False).encode())
+    from eosin.tasks.report import summary_page
+
+    write_durably(store.path / "summary.html", summary_page(store, table).encode())
