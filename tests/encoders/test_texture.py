@@ -94,15 +94,13 @@ def test_quarter_turns_and_mirrors_change_nothing(size_px: int) -> None:
     encoder = TextureEncoder()
     rows = encoder.encode(tiles)
     assert np.abs(rows[0] - rows[1]).max() > 0.05
-    # Halving a side of odd length is a weighted mean, rounded to bytes: the only place where the order may show.
-    tolerance = 1e-5 if size_px % 2 == 0 else 0.02
     for turns in range(1, 4):
-        np.testing.assert_allclose(encoder.encode(np.rot90(tiles, turns, (1, 2))), rows, atol=tolerance)
-    np.testing.assert_allclose(encoder.encode(tiles[:, ::-1]), rows, atol=tolerance)
+        np.testing.assert_allclose(encoder.encode(np.rot90(tiles, turns, (1, 2))), rows, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(tiles[:, ::-1]), rows, atol=1e-5)
 
 
 def test_stains_are_recovered_from_beer_lambert() -> None:
-    """A pixel painted with known amounts of both stains gives these amounts back, within the rounding of 8-bit colour."""
+    """A pixel painted with known amounts of both stains gives them back, within the rounding of bytes."""
     rng = np.random.default_rng(3)
     amounts = rng.uniform(0.0, 0.5, (32, 32, 2))
     stains = np.array([texture.HEMATOXYLIN, texture.EOSIN])
@@ -233,16 +231,16 @@ def test_worth_on_real_tiles() -> None:
     x = TextureEncoder().encode(read_tiles([DATA / "tiles" / "amf" / file for file in table["file"]]))
     y = np.asarray(table["atypical"])
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    scores = cross_val_predict(model, x, y, groups=np.asarray(table["slide_id"]), cv=folds, method="predict_proba")[
-        :, 1
-    ]
-    auroc = roc_auc_score(y, scores)
+    slides = np.asarray(table["slide_id"])
+    scores = cross_val_predict(model, x, y, groups=slides, cv=folds, method="predict_proba")
+    auroc = roc_auc_score(y, np.asarray(scores)[:, 1])
 
     paths = sorted((DATA / "tiles" / "camelyon16").glob("*/*.png"))
     tumour = np.array([path.parent.name == "tumor" for path in paths])
     tiles = TextureEncoder().encode(read_tiles(paths))
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    smoke = roc_auc_score(tumour, cross_val_predict(model, tiles, tumour, cv=folds, method="predict_proba")[:, 1])
-    print(f"AUROC midog21 {auroc:.3f}, camelyon16 {smoke:.3f}")
+    scores = cross_val_predict(model, tiles, tumour, cv=folds, method="predict_proba")
+    smoke = roc_auc_score(tumour, np.asarray(scores)[:, 1])
+    print(f"AUROC midog21 {auroc:.4f}, camelyon16 {smoke:.4f}")
     assert auroc > 0.62
     assert smoke > 0.9
