@@ -57,10 +57,14 @@ class TissueMask:
         if min(self.downsample) <= 0:
             raise GeometryError(f"mask downsample {self.downsample} must be positive")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the summed-area table out of pickles: it is quickly made again and 64 times the mask."""
+        return {name: value for name, value in self.__dict__.items() if name != "_integral"}
+
     @cached_property
-    def _integral(self) -> npt.NDArray[np.float64]:
+    def _integral(self) -> npt.NDArray[np.int64]:
         """Summed-area table (h + 1, w + 1): entry (i, j) counts the tissue in mask[:i, :j]."""
-        table = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), dtype=np.float64)
+        table = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), dtype=np.int64)
         np.cumsum(self.mask, axis=0, out=table[1:, 1:])
         np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
         return table

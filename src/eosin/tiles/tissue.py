@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "od-texture")
 # Optical densities (log10) above the glass that count as stain; raised where the glass is noisy.
-CHROMA_OD, DENSE_OD, TEXTURE_OD = 0.030, 0.060, 0.022
+CHROMA_OD, DENSE_OD, TEXTURE_OD = 0.025, 0.050, 0.020
 NOISE_FACTOR = 4.0
 MAX_RAISE = 3.0
 # Physical sizes.
@@ -31,6 +31,8 @@ MIN_OBJECT_UM2, MAX_HOLE_UM2, MIN_INK_UM2 = 20_000.0, 20_000.0, 20_000.0
 GLASS_BAND, GLASS_TINT = 6, 3
 # Dark slide: most pixels below DARK_LEVEL and almost none above BRIGHT_LEVEL (mean of channels, 0-255).
 DARK_LEVEL, BRIGHT_LEVEL = 50, 110
+# What decides a mask, for the record; `version` rises when the method changes.
+TISSUE_RECIPE: dict[str, Any] = {"method": "od-texture", "version": 1, "mpp": MASK_MPP}
 
 Image = npt.NDArray[np.uint8]
 Field = npt.NDArray[np.float32]
@@ -93,7 +95,8 @@ def segment_tissue(
     limits = {
         "chroma": _limit(chroma[is_glass], CHROMA_OD),
         "dense": _limit(mean_od[is_glass], DENSE_OD),
-        "texture": _limit(texture[is_glass], TEXTURE_OD),
+        # Away from tissue, whose edge lies in the window of the glass beside it.
+        "texture": _limit(texture[_erode(is_glass, TEXTURE_UM / 2 / um)], TEXTURE_OD),
     }
     ink = find_ink(rgb, glass, um)
     stained = (chroma > limits["chroma"]) & ~ink
@@ -142,8 +145,8 @@ def glass_color_field(rgb: Image) -> tuple[Field, Field, Bool]:
     """Return the colour of empty glass at every pixel, its median, and where glass was seen.
 
     Glass is bright, nearly grey and smooth; its level is the brightest strong mode of such pixels
-    (exact white, the filling of unscanned areas, does not count if there is other glass). A
-    quadratic surface per channel then follows vignetting. With no glass in view the colour is
+    (exact white, the filling of unscanned areas, does not count if there is other glass). Where
+    enough of it is seen, a quadratic surface per channel then follows vignetting. With no glass in view the colour is
     that of the brightest pixels, 230 at least.
 
     Returns:
@@ -219,14 +222,18 @@ def _limit(noise: Field, floor: float) -> float:
 
 
 def _quadratic_surface(channels: Field, member: Bool) -> Field:
-    """Return a least-squares quadratic in x, y per channel, held within the members' own range."""
+    """Return a least-squares quadratic in x, y per channel, held within the members' own range.
+
+    Constant (their median) unless they are a fifth of the image and lie in half of its 4 x 4 blocks.
+    """
     height, width = member.shape
     rows, columns = np.nonzero(member)
     pick = slice(None, None, max(1, len(rows) // 20_000))
     rows, columns = rows[pick], columns[pick]
     values = channels[rows, columns].astype(np.float64)
     low, high = np.percentile(values, [1, 99], axis=0)
-    if len(rows) < 200:
+    blocks = len(np.unique(rows * 4 // height * 4 + columns * 4 // width))
+    if blocks < 8 or member.mean() < 0.2:
         return np.broadcast_to(np.median(values, axis=0).astype(np.float32), channels.shape)
 
     def terms(x: np.ndarray, y: np.ndarray) -> np.ndarray:
