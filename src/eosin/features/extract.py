@@ -32,8 +32,11 @@ from eosin.features.readers import ReaderPool
 from eosin.features.store import FeatureStore, Recipe
 from eosin.slides import Slide
 from eosin.tiles import TileGrid, TileSpec
-from eosin.tiles.qc import QC_RECIPE
-from eosin.tiles.tissue import TISSUE_RECIPE
+from eosin.tiles.mask import MASK_MPP
+from eosin.tiles.qc import DEFAULT_RULES
+
+TISSUE_VERSION = 1
+"""Raised when `tissue_mask` would find other tissue on the same slide."""
 
 Source = Slide | Path | str | Sequence[Path | str] | Sequence[Job]
 
@@ -122,7 +125,7 @@ def run(
     """Embed slides into one store per (encoder, tile spec) and say what was done.
 
     With one encoder and one spec the store is `out` itself; otherwise each is a folder
-    ``out/<encoder>_<tile_px>px_<mpp>mpp``.
+    ``out/<encoder>_<tile_px>px_<mpp>mpp[_<overlap>overlap]``.
 
     Args:
         source: as in `extract`.
@@ -233,12 +236,13 @@ def _create_stores(
         row = []
         for encoder in encoders:
             name = encoder.spec.name.replace("/", "--").replace(":", "--")
-            path = out if alone else out / f"{name}_{spec.tile_px}px_{spec.mpp:g}mpp"
+            overlap = f"_{spec.overlap_px}overlap" if spec.overlap_px else ""
+            path = out if alone else out / f"{name}_{spec.tile_px}px_{spec.mpp:g}mpp{overlap}"
             recipe = Recipe(
                 encoder=encoder.spec.to_dict(),
                 tile=spec.to_dict(),
-                tissue=dict(TISSUE_RECIPE),
-                qc=dict(QC_RECIPE),
+                tissue={"method": "od-texture", "mpp": MASK_MPP, "version": TISSUE_VERSION},
+                qc={"rules": [f"{r.column} {r.op} {r.threshold:g}: {r.reason}" for r in DEFAULT_RULES]},
                 stain=_stain_recipe(settings.stain),
                 precision=str(encoder.runtime()["precision"]),
                 dtype=settings.dtype,

@@ -161,7 +161,6 @@ class _Stream:
     grid: TileGrid
     encoders: list[TileEncoder]
     writers: list[SlideWriter]
-    neighbours: npt.NDArray[np.float32]
     sample: list[Pixels] = field(default_factory=list)
     stain: Normaliser | None = None
     qc: list[dict[str, npt.NDArray[Any]]] = field(default_factory=list)
@@ -310,7 +309,7 @@ class Extraction:
         for index, (grid, row) in enumerate(zip(plan.grids, self.stores, strict=True)):
             if grid is None:
                 continue
-            stream = _Stream(grid=grid, encoders=[], writers=[], neighbours=neighbours(grid.xy, grid.step0_px))
+            stream = _Stream(grid=grid, encoders=[], writers=[])
             self._streams[index] = stream
             for store, encoder in zip(row, self.encoders, strict=True):
                 if not store.done(job.slide_id, plan.meta["fingerprint"]):
@@ -346,7 +345,7 @@ class Extraction:
         if not len(rows):
             return
         grid = stream.grid
-        qc = {"tissue": grid.tissue[rows], **qc, "neighbours": stream.neighbours[rows]}
+        qc = {"tissue": grid.tissue[rows], **qc}
         pixels = tiles
         if stream.stain is not None:
             pixels, unchanged = stream.stain(tiles)
@@ -377,11 +376,18 @@ class Extraction:
                     f"{step.job.slide_id}: {len(lost)} of {len(grid)} tiles cannot be decoded, the first at level-0 "
                     f"{tuple(grid.xy[lost[0]].tolist())}; the file is damaged: copy or export it again"
                 )
+            read = np.ones(len(grid), dtype=np.bool_)
+            read[lost] = False
+            late = {
+                "neighbours": neighbours(grid, read)[read],
+                "read_status": np.zeros(int(read.sum()), dtype=np.int8),
+            }
             table = {name: np.concatenate([part[name] for part in stream.qc]) for name in stream.qc[0]}
-            reason = reject_reason(table)
+            reason = reject_reason({**table, **late})
             for writer in stream.writers:
                 writer.finish(
                     reason,
+                    qc=late,
                     background_xy=grid.background_xy,
                     background_tissue=grid.background_tissue,
                     unreadable_xy=grid.xy[lost],

@@ -90,22 +90,25 @@ def read_tiles(
         slot: where the pixels go, as (n, tile_px, tile_px, 3) uint8.
 
     Returns:
-        read_status int8 (n,): 0 read, 1 unreadable; and the pixel-based QC columns, float32 (n,).
+        read_status int8 (n,): 0 read, 1 unreadable; and the columns ``valid`` and
+        `TILE_QC_COLUMNS`, float32 (n,).
     """
-    from eosin.tiles.qc import PIXEL_COLUMNS, tile_qc
+    from eosin.tiles.qc import READ_FAILED, TILE_QC_COLUMNS, tile_qc
 
     slide = state.slide(job)
     count = len(xy)
     tiles = state.slot(slot, (count, plan.tile_px, plan.tile_px, 3))
     status = np.zeros(count, dtype=np.int8)
-    table = {name: np.full(count, np.nan, dtype=np.float32) for name in PIXEL_COLUMNS}
+    table = {name: np.zeros(count, dtype=np.float32) for name in ("valid", *TILE_QC_COLUMNS)}
 
     def one(i: int) -> None:
         try:
-            tiles[i] = slide.read_tile((int(xy[i, 0]), int(xy[i, 1])), plan).rgb
+            read = slide.read_tile((int(xy[i, 0]), int(xy[i, 1])), plan)
         except RegionError:
-            status[i] = 1
+            status[i] = READ_FAILED
             return
+        tiles[i] = read.rgb
+        table["valid"][i] = read.valid_fraction
         for name, value in tile_qc(tiles[i], plan.mpp).items():
             table[name][i] = value
 

@@ -34,9 +34,7 @@ def tile_slides(
     readers = ReaderPool(workers=1, slots=1, slot_bytes=1)
     rows: list[dict[str, Any]] = []
     try:
-        tickets = [
-            (job, readers.submit(f"tiling {job.slide_id}", _plan_and_draw, job, specs)) for job in jobs
-        ]
+        tickets = [(job, readers.submit(f"tiling {job.slide_id}", _plan_and_draw, job, specs)) for job in jobs]
         for done, (job, ticket) in enumerate(tickets):
             try:
                 plan, previews = readers.result(ticket)
