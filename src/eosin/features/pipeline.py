@@ -379,7 +379,7 @@ class Extraction:
             read = np.ones(len(grid), dtype=np.bool_)
             read[lost] = False
             late = {
-                "neighbours": neighbours(grid, read)[read],
+                "neighbours": neighbours(grid.xy, grid.step0_px, read)[read],
                 "read_status": np.zeros(int(read.sum()), dtype=np.int8),
             }
             table = {name: np.concatenate([part[name] for part in stream.qc]) for name in stream.qc[0]}

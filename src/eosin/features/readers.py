@@ -91,15 +91,15 @@ def read_tiles(
 
     Returns:
         read_status int8 (n,): 0 read, 1 unreadable; and the columns ``valid`` and
-        `TILE_QC_COLUMNS`, float32 (n,).
+        `PIXEL_COLUMNS`, float32 (n,).
     """
-    from eosin.tiles.qc import READ_FAILED, TILE_QC_COLUMNS, tile_qc
+    from eosin.tiles.qc import READ_FAILED, PIXEL_COLUMNS, tile_qc
 
     slide = state.slide(job)
     count = len(xy)
     tiles = state.slot(slot, (count, plan.tile_px, plan.tile_px, 3))
     status = np.zeros(count, dtype=np.int8)
-    table = {name: np.zeros(count, dtype=np.float32) for name in ("valid", *TILE_QC_COLUMNS)}
+    table = {name: np.zeros(count, dtype=np.float32) for name in ("valid", *PIXEL_COLUMNS)}
 
     def one(i: int) -> None:
         try:

@@ -40,6 +40,7 @@ class Features:
         size0_px: (width, height) of a tile's footprint in level-0 pixels; None likewise.
         background_xy: positions (m, 2) that were not embedded for want of tissue.
         background_tissue: their tissue fraction (m,).
+        unreadable_xy: positions (k, 2) that could not be decoded and were left out.
     """
 
     slide_id: str
@@ -54,6 +55,7 @@ class Features:
     size0_px: tuple[float, float] | None
     background_xy: npt.NDArray[np.int64]
     background_tissue: npt.NDArray[np.float32]
+    unreadable_xy: npt.NDArray[np.int64]
 
     @property
     def kept(self) -> npt.NDArray[np.bool_]:
@@ -332,6 +334,7 @@ def _read(file: h5py.File, slide_id: str) -> Features:
         size0_px=(float(size0[0]), float(size0[1])) if size0 else None,
         background_xy=_data(file, "background/xy"),
         background_tissue=_data(file, "background/tissue"),
+        unreadable_xy=_data(file, "unreadable/xy"),
     )
 
 

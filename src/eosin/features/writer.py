@@ -197,6 +197,7 @@ class SlideWriter:
         *,
         background_xy: npt.ArrayLike | None = None,
         background_tissue: npt.ArrayLike | None = None,
+        unreadable_xy: npt.ArrayLike | None = None,
         qc: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         """Write what is known only at the end and give the file its name.
@@ -205,6 +206,7 @@ class SlideWriter:
             reason: int8 codes (n,), 0 = kept; all kept when None.
             background_xy: positions (m, 2) that were not embedded for want of tissue.
             background_tissue: their tissue fraction (m,).
+            unreadable_xy: positions (k, 2) that could not be decoded and were left out.
             qc: whole columns (n,), such as those that need every neighbour.
 
         Raises:
@@ -213,6 +215,7 @@ class SlideWriter:
         codes = np.zeros(self._rows, np.int8) if reason is None else np.asarray(reason)
         place = np.zeros((0, 2), np.int64) if background_xy is None else np.asarray(background_xy).reshape(-1, 2)
         tissue = np.zeros(len(place), np.float32) if background_tissue is None else np.asarray(background_tissue)
+        lost = np.zeros((0, 2), np.int64) if unreadable_xy is None else np.asarray(unreadable_xy).reshape(-1, 2)
         late = {f"qc/{k}": self._finite(f"qc/{k}", np.asarray(v), None) for k, v in (qc or {}).items()}
         for name, values in {"reason": codes, **late}.items():
             if values.shape != (self._rows,):
@@ -229,6 +232,7 @@ class SlideWriter:
             self._put("reason", codes.astype(np.int8))
             self._put("background/xy", place.astype("<i8"))
             self._put("background/tissue", tissue.astype("<f4"))
+            self._put("unreadable/xy", lost.astype("<i8"))
             self._close()
         except OSError as error:
             raise self._cause(error) from error
@@ -268,7 +272,9 @@ class SlideWriter:
 
     def _check_shapes(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
         rows, ndim = len(columns["coords"]), {"features": 2, "coords": 2, "tokens": 4}
-        seen = {name for name in self._datasets if name != "reason" and not name.startswith("background/")}
+        seen = {
+            name for name in self._datasets if name != "reason" and not name.startswith(("background/", "unreadable/"))
+        }
         if self._rows and seen != set(columns):
             raise StoreError(f"{self.slide_id}: append() got {sorted(columns)}, the first one {sorted(seen)}")
         for name, values in columns.items():

@@ -49,9 +49,8 @@ def run_demo(out: Path, *, encoder: str | None = None, say: Callable[[str], None
     out.mkdir(parents=True, exist_ok=True)
     slide_path = obtain_slide(out / "slides", say=say)
     model = _encoder(encoder, say)
-    say(
-        f"embedding with {model.spec.name} ({', '.join(f'{k} {v}' for k, v in model.runtime().items() if k != 'versions')})"
-    )
+    runtime = model.runtime()
+    say(f"embedding with {model.spec.name}: " + ", ".join(str(runtime[k]) for k in ("backend", "precision", "device")))
     spec = TileSpec()
     outcome = run(slide_path, spec, model, out=out / f"features-{model.spec.name}")
     if outcome.failed:
@@ -124,7 +123,8 @@ def obtain_slide(folder: Path, *, say: Callable[[str], None]) -> Path:
         say(f"{SLIDE_NAME} (CC0) from {where}, sha256 as expected")
         return path
     raise SlideError(
-        f"the demo slide cannot be fetched ({'; '.join(reasons)}); put {SLIDE_NAME} from OpenSlide's test data into {folder}"
+        f"the demo slide cannot be fetched ({'; '.join(reasons)}); "
+        f"put {SLIDE_NAME} from OpenSlide's test data into {folder}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def _pyramid_problems(slide: Slide) -> list[str]:
     if width * height > MAX_FLAT_PX:
         problems.append(f"no small level (the smallest is {width} x {height}): thumbnails are slow")
     means = [float(np.sqrt(dx * dy)) for dx, dy in slide.level_downsamples]
-    for level, (fine, coarse) in enumerate(zip(means, means[1:], strict=False)):
+    for level, (fine, coarse) in enumerate(pairwise(means)):
         if coarse / fine > MAX_LEVEL_STEP:
             problems.append(f"gap in the pyramid: level {level + 1} is {coarse / fine:.3g}x coarser than level {level}")
     return problems

@@ -115,8 +115,9 @@ def draw_tiles(thumbnail: Pixels, downsample: tuple[float, float], grid: TileGri
 def principal_colors(x: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """Return the first three principal components of features (n, D) as colours (n, 3) uint8.
 
-    Features are standardised first. Each component is stretched between its 1st and 99th percentile. Signs are fixed so that
-    the component's skewness is positive: the picture is the same from run to run.
+    Features are standardised first. Each component is stretched between its 1st and 99th
+    percentile, with the sign that makes its skewness positive, so that the picture is the
+    same from run to run.
     """
     centred = x.astype(np.float64) - x.mean(axis=0)
     scale = centred.std(axis=0)

@@ -74,9 +74,9 @@ def slide_page(store: FeatureStore, slide_id: str, slide: Slide, *, dense: Featu
         "thumbnail": data_uri(jpeg_bytes(thumbnail), "image/jpeg"),
         "layers": _layers(features, mask, painted, size, downsample),
         "pca": data_uri(jpeg_bytes(overlay(thumbnail, painted)), "image/jpeg"),
-        "pca_caption": f"The first three principal components of {len(painted_from)} feature vectors as red, green and "
-        "blue, painted back where the tiles lie. Like colours mean that the encoder finds the tissue alike; the colours "
-        "themselves mean nothing.",
+        "pca_caption": f"The first three principal components of {len(painted_from)} feature vectors as red, green "
+        "and blue, painted back where the tiles lie. Like colours mean that the encoder finds the tissue alike; the "
+        "colours themselves mean nothing.",
         "plots": _plots(features),
         "examples": _examples(features, slide),
         "record": _record(store, features),
@@ -94,8 +94,8 @@ def summary_page(store: FeatureStore, table: pd.DataFrame) -> str:
     page = {
         "title": "eosin: cohort summary",
         "heading": "Cohort summary",
-        "lead": f"Features of the encoder {store.recipe.encoder['name']}, tiles of {store.recipe.tile['tile_px']} px at "
-        f"{store.recipe.tile['mpp']:g} microns per pixel. Medians and shares are over a slide's embedded tiles.",
+        "lead": f"Features of the encoder {store.recipe.encoder['name']}, tiles of {store.recipe.tile['tile_px']} px "
+        f"at {store.recipe.tile['mpp']:g} microns per pixel. Medians and shares are over a slide's embedded tiles.",
         "cards": [
             (len(good), "slides with features"),
             (len(failed), "slides that failed"),
