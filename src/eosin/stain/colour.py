@@ -10,7 +10,7 @@ from torch import Tensor
 from eosin.errors import StainError
 
 TISSUE_OD = 0.15
-"""A pixel is tissue when its OD is at least this in all three channels (beta of Macenko 2009)."""
+"""A pixel is tissue from this OD on (beta of Macenko 2009)."""
 
 LIGHT = 240.0
 """Grey value of the unstained light path, plus one, in the code released with Macenko 2009."""
@@ -86,8 +86,8 @@ def od_to_grey(od: Tensor, light: float) -> Tensor:
 
 
 def tissue_pixels(od: Tensor, beta: float) -> Tensor:
-    """Return which pixels (B, P) of `od` (B, 3, P) have OD >= `beta` in every channel."""
-    return (od >= beta).all(1)
+    """Return which pixels (B, P) of `od` (B, 3, P) have a mean OD over the channels of at least `beta`."""
+    return od.mean(1) >= beta
 
 
 def mix(weights: Tensor, channels: Tensor) -> Tensor:

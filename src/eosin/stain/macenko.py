@@ -17,7 +17,6 @@ from eosin.stain.colour import (
     grey_to_od,
     low_percentile,
     mix,
-    tissue_pixels,
     to_batch,
     to_grey_values,
 )
@@ -71,7 +70,7 @@ class Macenko:
         """Return the stains of every image by itself, `ok` False where they cannot be estimated."""
         values, finite = to_grey_values(to_batch(images))
         od = grey_to_od(values, self.light)
-        tissue = tissue_pixels(od, self.beta)
+        tissue = (od >= self.beta).all(1)
         plane, spread = _principal_plane(od, tissue)
         first, second = mix(plane, od).unbind(1)
         angle = torch.atan2(second, first)

@@ -36,25 +36,24 @@ class StainTarget:
         """Check the numbers.
 
         Raises:
-            StainError: unknown method, wrong shape, rows not of unit length or nearly parallel, Vahadane's
-                negative,
-                concentrations or light not positive, or anything not finite.
+            StainError: unknown method, wrong shape, rows not of unit length or nearly parallel, negative ones
+                of Vahadane, concentrations or light not positive, or anything not finite.
         """
-        matrix, concentrations = np.asarray(self.matrix, float), np.asarray(self.concentrations, float)
         if self.method not in ("macenko", "vahadane"):
             raise StainError(f"stain target: method is {self.method!r}, expected 'macenko' or 'vahadane'")
-        if matrix.shape != (2, 3) or concentrations.shape != (2,):
+        if [len(row) for row in self.matrix] != [3, 3] or len(self.concentrations) != 2:
             raise StainError(
-                f"stain target: expected a matrix (2, 3) and two concentrations, found {matrix.shape} and "
-                f"{concentrations.shape}"
+                f"stain target: expected a matrix (2, 3) and two concentrations, found {self.matrix} and "
+                f"{self.concentrations}"
             )
+        matrix = np.array(self.matrix, float)
         if not (np.isfinite(matrix).all() and np.abs(np.linalg.norm(matrix, axis=1) - 1).max() < 1e-3):
             raise StainError(f"stain target: rows of the matrix must be unit vectors, found {self.matrix}")
         if self.method == "vahadane" and (matrix < 0).any():
             raise StainError(f"stain target: Vahadane's stain vectors are not negative, found {self.matrix}")
         if abs(float(matrix[0] @ matrix[1])) > 0.9999:
             raise StainError(f"stain target: hematoxylin and eosin are the same colour in {self.matrix}")
-        positive = np.append(concentrations, self.light)
+        positive = np.array([*self.concentrations, self.light], float)
         if not (np.isfinite(positive).all() and (positive > 0).all()):
             raise StainError(
                 f"stain target: concentrations {self.concentrations} and light {self.light} must be positive"
@@ -132,8 +131,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "source": _PUBLISHED,
     },
     "vahadane": {
-        "matrix": [[0.557076, 0.717464, 0.418225], [0.363456, 0.768241, 0.526978]],
-        "concentrations": [1.836106, 1.615779],
+        "matrix": [[0.552741, 0.719394, 0.420654], [0.356518, 0.768602, 0.531174]],
+        "concentrations": [1.889501, 1.547651],
         "light": 256.0,
         "source": _FITTED,
     },

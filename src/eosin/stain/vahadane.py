@@ -43,7 +43,7 @@ class Vahadane:
 
     Attributes:
         light: grey value plus one that counts as OD 0; 256 makes white exactly 0, so OD >= 0.
-        beta: a pixel with OD below this in any channel is not used to find the stains.
+        beta: a pixel whose mean OD is below this is not used to find the stains.
         penalty: weight of the L1 norm of the concentrations (lambda, 0.1 in the paper).
         sweeps: most alternations of coding and dictionary update.
     """
