@@ -32,7 +32,8 @@ NETWORK_TIMEOUT_S = 4.0
 
 FIRST_CHOICE = "dinov2-vits14-reg"
 FALLBACK = "texture"
-DENSE_OVERLAP_PX = 168
+# Small tiles, close together, for the picture of the features: 56 µm wide, one every 14 µm.
+DENSE = TileSpec(tile_px=112, overlap_px=84, min_tissue=0.25, edge="shift-in")
 
 
 def run_demo(out: Path, *, encoder: str | None = None, say: Callable[[str], None]) -> dict[str, Any]:
@@ -56,8 +57,7 @@ def run_demo(out: Path, *, encoder: str | None = None, say: Callable[[str], None
     if outcome.failed:
         raise SlideError("; ".join(outcome.failed.values()))
     store = outcome.stores[0]
-    dense_spec = TileSpec(overlap_px=DENSE_OVERLAP_PX)
-    dense = run(slide_path, dense_spec, model, out=out / f"dense-{model.spec.name}").stores[0]
+    dense = run(slide_path, DENSE, model, out=out / f"dense-{model.spec.name}").stores[0]
     write_summary(store)
     page = out / "index.html"
     with open_slide(slide_path) as slide:

@@ -89,7 +89,7 @@ def tiles_layer(
     line = 1 if min(width, height) < 24 else 2
     for xy, color in groups:
         for x, y in xy / np.asarray(downsample):
-            draw.rectangle((x, y, x + width - 1, y + height - 1), fill=(*color, 70), outline=(*color, 255), width=line)
+            draw.rectangle((x, y, x + width - 1, y + height - 1), fill=(*color, 36), outline=(*color, 255), width=line)
     return np.asarray(layer)
 
 
@@ -140,21 +140,29 @@ def paint(
     size_px: tuple[int, int],
     downsample: tuple[float, float],
 ) -> Pixels:
-    """Return tile colours painted back where the tiles lie, averaged where they overlap, RGBA (H, W, 4).
+    """Return colours painted as rectangles, RGBA (H, W, 4); a later one covers an earlier one.
 
     Args:
-        values: (n, 3) colour of each tile.
+        values: (n, 3) colours.
         xy: (n, 2) level-0 top-left corners.
-        size0_px: (width, height) of a tile in level-0 pixels.
+        size0_px: (width, height) of a rectangle in level-0 pixels.
         size_px: (width, height) of the thumbnail.
         downsample: (dx, dy) level-0 pixels per thumbnail pixel.
     """
-    total = np.zeros((size_px[1], size_px[0], 3))
-    count = np.zeros((size_px[1], size_px[0], 1))
+    painted = np.zeros((size_px[1], size_px[0], 4), dtype=np.uint8)
     corners = np.round(xy / np.asarray(downsample)).astype(int)
-    ends = np.round((xy + np.asarray(size0_px)) / np.asarray(downsample)).astype(int)
-    for color, (left, top), (right, bottom) in zip(values, corners, ends, strict=True):
-        total[top:bottom, left:right] += color
-        count[top:bottom, left:right] += 1
-    painted = np.round(total / np.maximum(count, 1)).astype(np.uint8)
-    return np.concatenate([painted, np.where(count > 0, 255, 0).astype(np.uint8)], axis=2)
+    width, height = np.ceil(np.asarray(size0_px) / np.asarray(downsample)).astype(int)
+    for color, (left, top) in zip(values, corners, strict=True):
+        painted[top : top + height, left : left + width] = (*color, 255)
+    return painted
+
+
+def mask_layer(mask: TissueMask, size_px: tuple[int, int], downsample: tuple[float, float]) -> npt.NDArray[np.bool_]:
+    """Return the tissue mask in the thumbnail frame, bool (H, W)."""
+    layer = Image.new("1", size_px, 0)
+    draw = ImageDraw.Draw(layer)
+    for polygon in mask.polygons():
+        draw.polygon([(x / downsample[0], y / downsample[1]) for x, y in polygon.exterior.coords], fill=1)
+        for ring in polygon.interiors:
+            draw.polygon([(x / downsample[0], y / downsample[1]) for x, y in ring.coords], fill=0)
+    return np.asarray(layer)

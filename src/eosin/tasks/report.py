@@ -22,6 +22,7 @@ from eosin.tasks.pictures import (
     Pixels,
     data_uri,
     jpeg_bytes,
+    mask_layer,
     outline_layer,
     overlay,
     paint,
@@ -62,7 +63,7 @@ def slide_page(store: FeatureStore, slide_id: str, slide: Slide, *, dense: Featu
     size = (thumbnail.shape[1], thumbnail.shape[0])
     mask = TissueMask.from_geojson(store.path / "tissue" / f"{slide_id}.geojson", slide)
     painted_from = dense[slide_id] if dense is not None else features
-    painted = _paint_features(painted_from, size, downsample)
+    painted = _paint_features(painted_from, mask, size, downsample)
     tile_um = (features.tile_px or 0) * (features.mpp or 0)
     encoder = store.recipe.encoder
     page = {
@@ -137,11 +138,19 @@ def _cards(features: Features) -> list[tuple[str, str]]:
     ]
 
 
-def _paint_features(features: Features, size_px: tuple[int, int], downsample: tuple[float, float]) -> Pixels:
+def _paint_features(
+    features: Features, mask: TissueMask, size_px: tuple[int, int], downsample: tuple[float, float]
+) -> Pixels:
+    """Paint each tile's colour on the middle of the tile, as wide as the step to the next one."""
     assert features.size0_px is not None
     kept = features.kept if features.kept.sum() >= 4 else np.ones(len(features), dtype=np.bool_)
     colors = principal_colors(features.x[kept])
-    return paint(colors, features.xy[kept], features.size0_px, size_px, downsample)
+    size0 = np.asarray(features.size0_px)
+    step0 = size0 * (1 - features.recipe["tile"]["overlap_px"] / features.recipe["tile"]["tile_px"])
+    corners = np.round(features.xy[kept] + (size0 - step0) / 2).astype(np.int64)
+    painted = paint(colors, corners, (float(step0[0]), float(step0[1])), size_px, downsample)
+    painted[~mask_layer(mask, size_px, downsample)] = 0
+    return painted
 
 
 def _layers(
