@@ -14,6 +14,7 @@ from eosin.slides.find import companions
 from eosin.slides.ledger import MppLedger, number
 
 try:
+    from pydicom import Dataset, dcmread
     from wsidicom import WsiDicom
     from wsidicom import errors as wsidicom_errors
 except ImportError as missing:
@@ -22,6 +23,17 @@ except ImportError as missing:
 _ERRORS = tuple(
     kind for kind in vars(wsidicom_errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
 ) + (ValueError, KeyError, IndexError, AttributeError, EOFError, OSError)
+
+_TAGS = [
+    "BitsAllocated",
+    "ImageType",
+    "Manufacturer",
+    "ManufacturerModelName",
+    "OpticalPathSequence",
+    "SamplesPerPixel",
+    "SeriesInstanceUID",
+    "TotalPixelMatrixColumns",
+]
 
 
 class DicomBackend:
@@ -45,24 +57,23 @@ class DicomBackend:
             raise CorruptSlideError(f"{path}: wsidicom cannot open it: {error}") from error
         self._path = path
         self._lock = threading.Lock()
-        levels = list(self._slide.levels)
+        levels = self._slide.pyramid.levels
         self._level_ids = tuple(level.level for level in levels)
         self.reader = f"wsidicom {version('wsidicom')}"
         self.level_sizes = tuple((level.size.width, level.size.height) for level in levels)
         self.level_scales = ((1,),) * len(levels)
         self.bounds = (0, 0, *self.level_sizes[0])
         self.background = WHITE
-        dataset = levels[0].default_instance.dataset
-        samples, bits = int(dataset.SamplesPerPixel), int(dataset.BitsAllocated)
-        if bits != 8 or len(levels[0].optical_paths) > 1:
+        dataset = _finest_header(files)
+        paths = len(levels[0].optical_paths)
+        if dataset.BitsAllocated != 8 or paths > 1:
             raise UnsupportedSlideError(
-                f"{path}: found {len(levels[0].optical_paths)} optical paths of {samples} samples of {bits} bit; "
-                "one 8-bit brightfield path is needed"
+                f"{path}: found {paths} optical path(s) of {dataset.SamplesPerPixel} samples of "
+                f"{dataset.BitsAllocated} bit; one 8-bit brightfield path is needed"
             )
         self.mpp = _ledger(dataset, levels[0].mpp.width, levels[0].mpp.height)
         self.properties = {
-            f"dicom.{name}": str(dataset.get(name, ""))
-            for name in ("Manufacturer", "ManufacturerModelName", "SeriesInstanceUID", "ImageType", "SamplesPerPixel")
+            f"dicom.{name}": str(dataset.get(name, "")) for name in _TAGS if name != "OpticalPathSequence"
         }
         self.icc_profile = _icc(dataset)
         self.associated = tuple(
@@ -91,13 +102,20 @@ class DicomBackend:
         self._slide.close()
 
 
-def _ledger(dataset, x: float, y: float) -> MppLedger:
+def _finest_header(files: list[Path]) -> Dataset:
+    """Return the few header tags that matter, of the widest image among `files`."""
+    headers = (dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS)) for file in files)
+    volumes = [header for header in headers if "VOLUME" in header.get("ImageType", ())]
+    return max(volumes, key=lambda header: int(header.get("TotalPixelMatrixColumns", 0)))
+
+
+def _ledger(dataset: Dataset, x: float, y: float) -> MppLedger:
     path = next(iter(dataset.get("OpticalPathSequence", [])), {})
     power = number(path.get("ObjectiveLensPower", "")) if path else None
     return MppLedger.build(number(x), number(y), "DICOM PixelSpacing", power)
 
 
-def _icc(dataset) -> bytes | None:
+def _icc(dataset: Dataset) -> bytes | None:
     path = next(iter(dataset.get("OpticalPathSequence", [])), None)
     profile = None if path is None else path.get("ICCProfile")
     return bytes(profile) if profile else None

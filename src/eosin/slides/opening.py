@@ -16,6 +16,7 @@ from eosin.errors import (
     closest,
 )
 from eosin.slides.backend import Backend, Pixels
+from eosin.slides.find import companions
 from eosin.slides.image_backend import ImageBackend
 from eosin.slides.openslide_backend import OpenSlideBackend, detect_vendor
 from eosin.slides.tiff_backend import TiffBackend
@@ -33,8 +34,16 @@ def _open_dicom(path: Path) -> Backend:
     return DicomBackend(path)
 
 
+def _first_file(path: Path) -> Path:
+    """Return `path`, or of a DICOM folder the file from which OpenSlide finds the others."""
+    files = companions(path) if path.is_dir() else [path]
+    if not files:
+        raise UnsupportedSlideError(f"{path}: a folder without .dcm files is no slide")
+    return files[0]
+
+
 READERS: dict[str, Callable[[Path], Backend]] = {
-    "openslide": lambda path: OpenSlideBackend(path, fast=False),
+    "openslide": lambda path: OpenSlideBackend(_first_file(path), fast=False),
     "tiff": TiffBackend,
     "dicom": _open_dicom,
     "image": ImageBackend.open,
@@ -62,12 +71,13 @@ def open_backend(source: Path | Pixels, reader: str | None) -> Backend:
     for name in _candidates(source, head, facts):
         try:
             if name == "openslide":
-                return OpenSlideBackend(source, fast=True, holes=facts.holes if facts else frozenset())
+                return OpenSlideBackend(_first_file(source), holes=facts.holes if facts else frozenset())
             return READERS[name](source)
         except (UnsupportedSlideError, CorruptSlideError, MissingDependencyError) as error:
             reasons.append(error)
-    if len(reasons) == 1:
-        raise reasons[0]
+    missing = [reason for reason in reasons if isinstance(reason, MissingDependencyError)]
+    if len(reasons) == 1 or missing:
+        raise (missing or reasons)[0]
     kind = CorruptSlideError if any(isinstance(r, CorruptSlideError) for r in reasons) else UnsupportedSlideError
     listed = "; ".join(str(reason).removeprefix(f"{source}: ") for reason in reasons)
     raise kind(f"{source}: no reader takes it: {listed}")
@@ -92,8 +102,9 @@ def _head(path: Path) -> bytes:
 
 
 def _candidates(path: Path, head: bytes, facts: TiffFacts | None) -> tuple[str, ...]:
-    if path.is_dir():
-        return ("dicom",)
+    if path.is_dir() or head[_DICOM_AT:].startswith(b"DICM"):
+        # wsidicom reads every level's own pixels; OpenSlide interpolates where a downsample is no whole number.
+        return ("dicom", "openslide")
     if path.suffix.lower() in _OPENSLIDE_SUFFIXES:
         return ("openslide",)
     if facts is not None:
@@ -102,8 +113,6 @@ def _candidates(path: Path, head: bytes, facts: TiffFacts | None) -> tuple[str, 
         if generic and (facts.ome or facts.sub_ifds or not facts.eight_bit_colour):
             return ("tiff",)
         return ("openslide", "tiff")
-    if head[_DICOM_AT:].startswith(b"DICM"):
-        return ("openslide", "dicom")
     if head.startswith(_IMAGE_MAGIC):
         return ("image",)
     return ("openslide", "image")

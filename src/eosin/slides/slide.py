@@ -436,7 +436,7 @@ def open_slide(
     Args:
         source: a file, a DICOM folder, or uint8 (H, W, 3).
         mpp: microns per level-0 pixel, one value or (x, y), instead of what the file says.
-        reader: force "openslide", "tiff", "dicom", "fastslide" or "image"; by content when None.
+        reader: force "openslide", "tiff", "dicom" or "image"; chosen by content when None.
         icc: convert colours to sRGB through the file's ICC profile, when it has one. Off by
             default, because encoders were trained without.
 

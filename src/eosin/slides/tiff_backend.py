@@ -57,6 +57,7 @@ class TiffBackend:
                 "tiff.Compression": COMPRESSION(base.compression).name,
             }
             self.icc_profile = base.iccprofile
+            self.compressions = tuple(int(page.compression) for page in levels)
         self._path = path
         self._file = path.open("rb")
         self._lock = threading.Lock()
