@@ -74,7 +74,7 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
         if not found or not (SCRIPTS / script).is_file():
             known = ", ".join(sorted(path.stem.removesuffix("_run") for path in SCRIPTS.glob("*_run.py")))
             raise SystemExit(f"--peer {peer}: write NAME=PYTHON with NAME one of {known}")
-        listed.append(Contender(name=name, python=python, script=script, ceiling="torch-bf16"))
+        listed.append(Contender(name=name, python=os.path.abspath(python), script=script, ceiling="torch-bf16"))
     loop = Contender(name="plain loop", python=sys.executable, script="reference_loop.py", ceiling="torch-bf16")
     return [*listed, loop]
 
@@ -109,8 +109,10 @@ def session_memory(session: int) -> tuple[int, int]:
     return rss, pss
 
 
-def run_watched(command: list[str], *, threads: int, limit_s: float) -> dict:
+def run_watched(command: list[str], folder: Path, *, threads: int, limit_s: float) -> dict:
     """Run a command in a session of its own; return its wall time, peak memory and last JSON line.
+
+    It runs in `folder`, because some tools leave log files where they are started.
 
     A command that fails or runs past `limit_s` gives a dict with "error" instead.
     """
@@ -124,7 +126,7 @@ def run_watched(command: list[str], *, threads: int, limit_s: float) -> dict:
     done = threading.Event()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, env=environment, start_new_session=True)
 
         def watch() -> None:
             while not done.wait(0.5):
@@ -190,7 +192,9 @@ def reference_features(slide: Path, coords: np.ndarray, encoder: str, weights: P
     with openslide.OpenSlide(slide) as opened, torch.inference_mode():
         side0_px = round(tile_px * harness.MPP / float(opened.properties[openslide.PROPERTY_NAME_MPP_X]))
         for x, y in coords:
-            tile = opened.read_region((int(x), int(y)), 0, (side0_px, side0_px)).convert("RGB")
+            region = opened.read_region((int(x), int(y)), 0, (side0_px, side0_px))
+            tile = Image.new("RGB", region.size, "white")  # shows where a tile leaves the slide
+            tile.paste(region, mask=region.getchannel("A"))
             tile = tile.resize((tile_px, tile_px), Image.Resampling.BILINEAR)
             features.append(model(transform(tile)[None])[0].numpy())
     return np.stack(features)
@@ -250,9 +254,24 @@ def agreement(work: Path, listed: list[Contender], options: argparse.Namespace, 
     return found
 
 
+def numbers(result: dict) -> dict:
+    """Keep what was measured, or the error, of one run; versions are in the summary."""
+    return {key: value for key, value in result.items() if isinstance(value, (int, float)) or key == "error"}
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median, lowest and highest of some numbers."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def times_as_fast(rounds: list[dict], ours: str, theirs: str) -> dict[str, dict[str, float]]:
+    """Our tiles per second over theirs, round by round; empty when ours never ran."""
+    pairs = [(r[ours], r[theirs]) for r in rounds if "error" not in r[ours]]
+    return {
+        key: spread([a["tiles"] / a[f"{key}_s"] * b[f"{key}_s"] / b["tiles"] for a, b in pairs])
+        for key in ("embed", "wall")
+        if pairs
+    }
 
 
 def summarise(rounds: list[dict], listed: list[Contender]) -> dict[str, dict]:
@@ -260,7 +279,7 @@ def summarise(rounds: list[dict], listed: list[Contender]) -> dict[str, dict]:
 
     Ratios are taken inside a round and then summarised over rounds.
     """
-    first = listed[0].name
+    ours = [one.name for one in listed if one.script == "eosin_run.py"]
     summary: dict[str, dict] = {}
     for one in listed:
         ran = [r for r in rounds if "error" not in r[one.name]]
@@ -281,19 +300,29 @@ def summarise(rounds: list[dict], listed: list[Contender]) -> dict[str, dict]:
         capped = [(v, r[one.ceiling]) for v, r in zip(rate, ran, strict=True) if "error" not in r[one.ceiling]]
         if capped:
             entry["share_of_ceiling"] = spread([v / ceiling["images_per_s"] for v, ceiling in capped])
-        both = [(v, r[first]) for v, r in zip(rate, ran, strict=True) if "error" not in r[first]]
-        if both:
-            entry["eosin_times_as_fast_embed"] = spread([e["tiles"] / e["embed_s"] / v for v, e in both])
+        if one.name not in ours:
+            entry["eosin_times_as_fast"] = {name: times_as_fast(ran, name, one.name) for name in ours}
         summary[one.name] = entry
     return summary
+
+
+NOTE = "Cosines: median / 5th percentile [after the mean feature is subtracted]. Ranges: lowest-highest of the rounds."
+
+
+def agreed(check: dict | None) -> str:
+    """Write one comparison of features as a cell."""
+    if check is None:
+        return "-"
+    centred = f"[{check['centred_median']:.4f} / {check['centred_p5']:.4f}]"
+    return f"{check['median']:.5f} / {check['p5']:.5f} {centred}"
 
 
 def table(summary: dict[str, dict], agree: dict, bounds: dict[str, dict]) -> str:
     """Markdown of the summary."""
     lines = [
-        "| tool | tiles | tiles/s embed | tiles/s wall | wall s | share of ceiling | eosin is x times as fast "
-        "| peak RSS / PSS MiB | centred cosine to fp32, median / p5 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tool | tiles | tiles/s embed | tiles/s wall | wall s | share of ceiling | eosin's embed rate over this "
+        "| peak RSS / PSS MiB | cosine to fp32 reference | tiles shared with eosin: cosine |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def cell(entry: dict, key: str, digits: int) -> str:
@@ -304,22 +333,28 @@ def table(summary: dict[str, dict], agree: dict, bounds: dict[str, dict]) -> str
 
     for name, entry in summary.items():
         if "error" in entry:
-            lines.append(f"| {name} | failed: {entry['error']} |  |  |  |  |  |  |  |")
+            lines.append(f"| {name} | failed: {entry['error']} |" + "  |" * 8)
             continue
         versions = entry["versions"]
         version = next((v for k, v in versions.items() if k == name.split(" ")[0]), "")
-        check = agree.get(name, {}).get("with_fp32_reference")
-        shown = f"{check['centred_median']:.4f} / {check['centred_p5']:.4f}" if check else "-"
+        check = agree.get(name, {})
+        ratios = ", ".join(
+            f"{ours.removeprefix('eosin ').strip('()')} {cell(ratio, 'embed', 2)}"
+            for ours, ratio in entry.get("eosin_times_as_fast", {}).items()
+        )
+        shared = next((value for key, value in check.items() if key.startswith("with_eosin")), None)
         lines.append(
             f"| {name} {version} | {entry['tiles']} | {cell(entry, 'embed_tiles_per_s', 1)} "
             f"| {cell(entry, 'wall_tiles_per_s', 1)} | {cell(entry, 'wall_s', 1)} "
-            f"| {cell(entry, 'share_of_ceiling', 2)} | {cell(entry, 'eosin_times_as_fast_embed', 2)} "
-            f"| {entry['peak_rss_mib']:.0f} / {entry['peak_pss_mib']:.0f} | {shown} |"
+            f"| {cell(entry, 'share_of_ceiling', 2)} | {ratios or '-'} "
+            f"| {entry['peak_rss_mib']:.0f} / {entry['peak_pss_mib']:.0f} "
+            f"| {agreed(check.get('with_fp32_reference'))} "
+            f"| {check.get('tiles_shared_with_eosin', 0)}: {agreed(shared)} |"
         )
-    shown = ", ".join(
+    rates = ", ".join(
         f"{name} {entry['median']:.1f} ({entry['min']:.1f}-{entry['max']:.1f})" for name, entry in bounds.items()
     )
-    return "\n".join([*lines, "", f"Encoder alone, images/s: {shown}."])
+    return "\n".join([*lines, "", f"Encoder alone, images/s: {rates}.", "", NOTE])
 
 
 def machine() -> dict:
@@ -376,7 +411,7 @@ def run_round(number: int, everyone: list[Contender], work: Path, weights: Path,
         command = [one.python, str(SCRIPTS / one.script), *one.arguments]
         command += ["--slide", str(options.slide), "--out", str(work / f"{one.name}.npz"), "--weights", str(weights)]
         command += ["--encoder", options.encoder, "--batch", str(options.batch), "--threads", str(options.threads)]
-        result = run_watched(command, threads=options.threads, limit_s=options.limit_s)
+        result = run_watched(command, work, threads=options.threads, limit_s=options.limit_s)
         results[one.name] = result
         brief = {key: round(value, 1) for key, value in result.items() if isinstance(value, float)}
         print(f"round {number + 1}  {one.name}: {result.get('error', brief)}", file=sys.stderr, flush=True)
@@ -423,7 +458,7 @@ def main() -> None:
         "summary": summary,
         "encoder_alone_images_per_s": encoder_alone,
         "agreement": agree,
-        "rounds": rounds,
+        "rounds": [{name: numbers(result) for name, result in one.items()} for one in rounds],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
