@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eosin.encoders import backends
 from eosin.encoders.network import Backbone
 from eosin.encoders.pooling import Pooled
 from eosin.encoders.spec import EncoderSpec, Tokens
@@ -47,7 +48,7 @@ class Encoder:
         return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def __call__(self, images: Tensor) -> Tokens:
         """Return the float32 tokens of normalised images (B, 3, H, W); `prepare` makes such images.
@@ -95,23 +96,20 @@ class Encoder:
         return features
 
     def _build(self, side: int) -> Forward:
-        pooled = Pooled(self.backbone, self.spec.pooling).eval()
-
-        def forward(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-            with torch.inference_mode(), self._autocast():
-                return pooled(self.prepare(tiles)).float().cpu().numpy()
-
-        return forward
+        return backends.build(
+            Pooled(self.backbone, self.spec.pooling),
+            backend=self.backend,
+            precision=self.precision,
+            device=self.device,
+            mean=self.spec.mean,
+            std=self.spec.std,
+            input_px=side,
+        )
 
     def runtime(self) -> dict[str, Any]:
         """Return what ran: backend, precision, device and library versions."""
-        return {
-            "backend": self.backend,
-            "precision": self.precision,
-            "device": self.device,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        }
+        known = backends.runtime_info(backend=self.backend, precision=self.precision, device=self.device)
+        return {**known, "timm": timm.__version__}
 
 
 def _checked(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
