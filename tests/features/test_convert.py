@@ -16,7 +16,7 @@ from eosin.features.store import FeatureStore, Recipe
 
 MPP = (0.2527, 0.2527)
 SIDE0 = 224 * 0.5 / 0.2527
-NEEDS = {"clam": "torch", "safetensors": "safetensors", "anndata": "anndata"}
+NEEDS = {"clam": "torch", "safetensors": "safetensors", "anndata": "anndata", "spatialdata": "spatialdata"}
 FOREIGN = [name for name in FORMATS if name != "eosin"]
 
 
@@ -61,7 +61,7 @@ def test_round_trip(store, tmp_path, fmt):
     """eosin -> format -> eosin: features bit-equal (STAMP: as float16), coordinates equal, metadata kept."""
     pytest.importorskip(NEEDS.get(fmt, "numpy"))
     written = convert(store.path, tmp_path / "there", to=fmt)
-    assert all(path.is_file() for path in written)
+    assert all(path.exists() for path in written)
     convert(tmp_path / "there", tmp_path / "back", to="eosin")
     back = FeatureStore.open(tmp_path / "back")
     assert all(row.ok for row in back.verify())
@@ -259,6 +259,29 @@ def test_slide2vec_pt(store, tmp_path):
     embedding.unlink()
     torch.save(torch.from_numpy(x), embedding.with_suffix(".pt"))
     np.testing.assert_array_equal(read_features(embedding.with_suffix(".pt")).x, x)
+
+
+class _Touch:
+    """Runs code when a careless reader unpickles it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_pickles_are_not_loaded(store, tmp_path):
+    torch = pytest.importorskip("torch")
+    trap = _Touch(tmp_path / "ran")
+    embedding = convert(store.path / "a/one.svs.h5", tmp_path, to="slide2vec")[0]
+    embedding.unlink()
+    torch.save(trap, embedding.with_suffix(".pt"))
+    np.savez(tmp_path / "x.npz", features=np.array([trap], dtype=object), coords=PLACES)
+    for path in (embedding.with_suffix(".pt"), tmp_path / "x.npz"):
+        with pytest.raises(ConvertError, match="cannot be read"):
+            read_features(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_anndata_opens_ours(store, tmp_path):

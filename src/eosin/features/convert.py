@@ -17,6 +17,7 @@ import numpy as np
 from eosin.errors import ConvertError, closest
 from eosin.features import convert_files as files
 from eosin.features import convert_h5 as h5
+from eosin.features.convert_spatial import read_spatialdata, write_spatialdata
 from eosin.features.convert_types import ForeignFeatures
 from eosin.features.store import Features, FeatureStore, Recipe, stem
 from eosin.geometry import check_mpp
@@ -29,13 +30,14 @@ WRITERS: dict[str, Writer] = {
     "atlaspatch": h5.write_atlaspatch,
     "slide2vec": files.write_slide2vec,
     "anndata": files.write_anndata,
+    "spatialdata": write_spatialdata,
     "safetensors": files.write_safetensors,
     "npz": files.write_npz,
 }
 FORMATS = ("eosin", *WRITERS)
 # These hold QC columns and reasons; the others would show a rejected tile as a good one.
-KEEPS_REASONS = ("eosin", "anndata", "safetensors", "npz")
-_SUFFIXES = {".h5", ".hdf5", ".npz", ".pt", ".h5ad", ".safetensors"}
+KEEPS_REASONS = ("eosin", "anndata", "spatialdata", "safetensors", "npz")
+_SUFFIXES = {".h5", ".hdf5", ".npz", ".pt", ".h5ad", ".safetensors", ".zarr"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ def convert(
         slide_mpp: microns per level-0 pixel of every slide in `src`, one number or (x, y);
             wins over what the files say; needed to turn STAMP's microns into pixels.
         coord_unit: ``"um"`` or ``"px"`` for STAMP-like files that do not state the unit.
-        encoder: which encoder, where a file holds several (AtlasPatch), and the name
+        encoder: which encoder, where a file holds several (AtlasPatch, SpatialData), and the name
             where a file does not say.
         rejected: whether tiles that QC rejected go into formats that cannot mark them.
 
@@ -108,6 +110,8 @@ def detect(path: str | Path) -> str | None:
         ConvertError: an HDF5 file that cannot be opened.
     """
     path = Path(path)
+    if path.is_dir():
+        return "spatialdata" if path.suffix == ".zarr" else None
     if path.suffix in (".h5", ".hdf5"):
         return h5.h5_format(path)
     if path.suffix in (".npz", ".pt") and "tile_embeddings" in (folder.name for folder in path.parents):
@@ -130,7 +134,7 @@ def read_features(
         ConvertError: as `convert`.
     """
     path = Path(path)
-    fmt = detect(path) if path.is_file() else None
+    fmt = detect(path) if path.exists() else None
     if fmt is None:
         raise ConvertError(f"{path} holds no tile features that eosin knows; it reads {', '.join(FORMATS)}")
     return _read(fmt, path, path.stem, _Options(slide_mpp=slide_mpp, coord_unit=coord_unit, encoder=encoder))
@@ -145,7 +149,7 @@ def _pair(slide_mpp: float | tuple[float, float] | None) -> tuple[float, float] 
 
 def _sources(src: Path) -> list[tuple[str, Path, str]]:
     """Return (format, file, name) of every slide in `src`, sorted; the name keeps folders."""
-    if src.is_file():
+    if src.is_file() or (src.is_dir() and src.suffix == ".zarr"):
         fmt = detect(src)
         if fmt is None:
             raise ConvertError(f"{src} holds no tile features that eosin knows; it reads {', '.join(FORMATS)}")
@@ -186,6 +190,8 @@ def _read(fmt: str, path: Path, name: str, options: _Options) -> ForeignFeatures
         item = files.read_slide2vec(path, name)
     elif fmt == "anndata":
         item = files.read_anndata(path, name)
+    elif fmt == "spatialdata":
+        item = read_spatialdata(path, name, options.encoder)
     else:
         item = {"npz": files.read_npz, "safetensors": files.read_safetensors}[fmt](path, name)
     if not np.isfinite(item.x).all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def read_slide2vec(path: Path, name: str) -> ForeignFeatures:
         return _read_slide2vec(path, name)
     except ConvertError:
         raise
-    except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, UnpicklingError) as error:
         raise ConvertError(f"{path} or its side files cannot be read as slide2vec's: {error}") from error
 
 
@@ -265,9 +266,11 @@ def feature_table(item: ForeignFeatures) -> Any:
     anndata = _anndata()
     import pandas as pd
 
+    # Plain objects: anndata's zarr writer does not take pandas' Arrow strings by default.
     rows = np.arange(len(item.x))
-    obs = pd.DataFrame({"tile_id": rows}, index=rows.astype(str))
-    obs["library_id"] = pd.Categorical(["tiles"] * len(rows), categories=["tiles"])
+    obs = pd.DataFrame({"tile_id": rows}, index=pd.Index(rows.astype(str), dtype=object))
+    var = pd.DataFrame(index=pd.Index(np.arange(item.x.shape[1]).astype(str), dtype=object))
+    obs["library_id"] = pd.Categorical(["tiles"] * len(rows), categories=pd.Index(["tiles"], dtype=object))
     for column, values in {**item.qc, **({} if item.reason is None else {"reason": item.reason})}.items():
         obs[column] = values
     uns: dict[str, Any] = {CARD: item.card(extras=True), "qc_columns": list(item.qc)}
@@ -279,7 +282,7 @@ def feature_table(item: ForeignFeatures) -> Any:
     }
     properties["shape"] = item.slide_size_px[::-1] if item.slide_size_px else None
     uns["slide_properties"] = {k: np.asarray(v) for k, v in properties.items() if v is not None}
-    return anndata.AnnData(X=item.x, obs=obs, obsm={"spatial": item.xy}, uns=uns)
+    return anndata.AnnData(X=item.x, obs=obs, var=var, obsm={"spatial": item.xy}, uns=uns)
 
 
 def tile_spec(item: ForeignFeatures) -> dict[str, Any]:
