@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import cv2
@@ -28,7 +28,7 @@ FOCUS_NOISE_VARIANCE = 25.0
 # Variance that rounding to whole grey levels (1/12) gives the Laplacian (sum of squared weights: 20).
 ROUNDING_ENERGY = 20 / 12
 FOLD_UM = 8.0
-FOLD_OD, FOLD_SATURATION = 0.65, 0.40
+FOLD_OD, FOLD_SATURATION = 0.60, 0.40
 WHITE_LEVEL, WHITE_SPREAD, BLACK_LEVEL = 205, 20, 45
 # Rows: haematoxylin, eosin, DAB as the third direction (Ruifrok and Johnston 2001).
 STAIN_OD = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -69,8 +69,6 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule("white", ">", 0.9, "white"),
     Rule("focus", "<", 0.03, "blurred"),
 )
-# What decides the measures and reason codes, for the record; `version` rises when a measure changes.
-QC_RECIPE: dict[str, Any] = {"version": 1, "rules": [asdict(rule) for rule in DEFAULT_RULES]}
 
 
 def tile_qc(rgb: npt.NDArray[np.uint8], mpp: float) -> dict[str, float]:
@@ -105,18 +103,18 @@ def tile_qc(rgb: npt.NDArray[np.uint8], mpp: float) -> dict[str, float]:
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or min(rgb.shape[:2]) < 8:
         raise GeometryError(f"a tile is uint8 (H, W, 3), at least 8 x 8; got {rgb.dtype} {rgb.shape}")
     rgb = np.ascontiguousarray(rgb)
-    half = cv2.resize(rgb, (rgb.shape[1] // 2, rgb.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    half = _shrink(rgb, (rgb.shape[1] // 2, rgb.shape[0] // 2))
     channels = cv2.split(half)
-    high = np.asarray(cv2.max(cv2.max(channels[0], channels[1]), channels[2]))
-    low = np.asarray(cv2.min(cv2.min(channels[0], channels[1]), channels[2]))
+    high = np.asarray(cv2.max(cv2.max(channels[0], channels[1]), channels[2]), dtype=np.uint8)
+    low = np.asarray(cv2.min(cv2.min(channels[0], channels[1]), channels[2]), dtype=np.uint8)
     spread = high - low
     pixels = high.size
-    red, green, blue = (np.asarray(cv2.LUT(channel, _OD_OF_LEVEL)) for channel in channels)
+    red, green, blue = (np.asarray(cv2.LUT(channel, _OD_OF_LEVEL), dtype=np.float32) for channel in channels)
     stains = np.array([red.mean(), green.mean(), blue.mean()]) @ _UNMIX
     return {
         "focus": _focus(rgb, mpp),
-        "white": np.count_nonzero((low > WHITE_LEVEL) & (spread < WHITE_SPREAD)) / pixels,
-        "black": np.count_nonzero(high < BLACK_LEVEL) / pixels,
+        "white": float(np.count_nonzero((low > WHITE_LEVEL) & (spread < WHITE_SPREAD)) / pixels),
+        "black": float(np.count_nonzero(high < BLACK_LEVEL) / pixels),
         "pen": _ink_share(red, green, blue),
         "fold": _fold_share(half, mpp * 2),
         "saturation": float(np.mean(spread * _INVERSE_OF_LEVEL[high])),
@@ -236,7 +234,7 @@ def _focus(rgb: npt.NDArray[np.uint8], mpp: float) -> float:
 def _ink_share(red: Density, green: Density, blue: Density) -> float:
     """Return the share of pixels with the hue of green, blue or red ink, from densities (h, w) per channel."""
     green_ink = (green < 0.7 * blue) & (green < 0.6 * red) & (red > 0.25)
-    blue_ink = (red > 1.45 * cv2.max(green, blue)) & (red > 0.70)
+    blue_ink = (red > 1.2 * green) & (red > 2.8 * blue) & (red > 0.70)
     # Erythrocytes share the hue but not the density of red ink.
     red_ink = (blue > 0.8 * green) & (red < 0.2 * green) & (green > 0.90)
     return float(np.count_nonzero(green_ink | blue_ink | red_ink) / red.size)
@@ -245,8 +243,13 @@ def _ink_share(red: Density, green: Density, blue: Density) -> float:
 def _fold_share(rgb: npt.NDArray[np.uint8], mpp: float) -> float:
     side = max(1.0, FOLD_UM / mpp)
     size = (max(1, round(rgb.shape[1] / side)), max(1, round(rgb.shape[0] / side)))
-    block = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    block = _shrink(rgb, size)
     density = _OD_OF_LEVEL[block].mean(axis=2)
     high = block.max(axis=2).astype(np.float32)
     saturation = (high - block.min(axis=2)) / np.maximum(high, 1)
     return float(np.mean((density > FOLD_OD) & (saturation > FOLD_SATURATION)))
+
+
+def _shrink(rgb: npt.NDArray[np.uint8], size_px: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Return `rgb` averaged down to (width, height)."""
+    return np.asarray(cv2.resize(rgb, size_px, interpolation=cv2.INTER_AREA), dtype=np.uint8)

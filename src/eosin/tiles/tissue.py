@@ -21,18 +21,17 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "od-texture")
 # Optical densities (log10) above the glass that count as stain; raised where the glass is noisy.
-CHROMA_OD, DENSE_OD, TEXTURE_OD = 0.025, 0.050, 0.020
+CHROMA_OD, DENSE_OD, TEXTURE_OD = 0.025, 0.050, 0.010
 NOISE_FACTOR = 4.0
 MAX_RAISE = 3.0
+INK_OVER_TISSUE_OD = 1.0
 # Physical sizes.
-SMOOTH_UM, TEXTURE_UM, CLOSE_UM, INK_UM = 6.0, 80.0, 20.0, 24.0
+SMOOTH_UM, TEXTURE_UM, CLOSE_UM, INK_UM = 6.0, 90.0, 24.0, 24.0
 MIN_OBJECT_UM2, MAX_HOLE_UM2, MIN_INK_UM2 = 20_000.0, 20_000.0, 20_000.0
 # Half width of the grey levels, and of their shift between channels, that belong to one glass surface.
 GLASS_BAND, GLASS_TINT = 6, 3
 # Dark slide: most pixels below DARK_LEVEL and almost none above BRIGHT_LEVEL (mean of channels, 0-255).
 DARK_LEVEL, BRIGHT_LEVEL = 50, 110
-# What decides a mask, for the record; `version` rises when the method changes.
-TISSUE_RECIPE: dict[str, Any] = {"method": "od-texture", "version": 1, "mpp": MASK_MPP}
 
 Image = npt.NDArray[np.uint8]
 Field = npt.NDArray[np.float32]
@@ -91,7 +90,7 @@ def segment_tissue(
     od = optical_density(_blur(rgb.astype(np.float32), SMOOTH_UM / um), glass)
     mean_od = od.mean(axis=2)
     chroma = od.max(axis=2) - od.min(axis=2)
-    texture = _local_deviation(mean_od, TEXTURE_UM / um)
+    texture = _local_deviation(od.max(axis=2), TEXTURE_UM / um)
     limits = {
         "chroma": _limit(chroma[is_glass], CHROMA_OD),
         "dense": _limit(mean_od[is_glass], DENSE_OD),
@@ -100,9 +99,11 @@ def segment_tissue(
     }
     ink = find_ink(rgb, glass, um)
     stained = (chroma > limits["chroma"]) & ~ink
-    # A window over an edge sees deviation on both sides of it: give back half the window.
-    textured = _erode(texture > limits["texture"], TEXTURE_UM / 2 / um)
-    found = (stained | (mean_od > limits["dense"]) | textured) & ~ink
+    # A window over an edge sees deviation on both sides of it: give back half the window and the blur.
+    textured = _erode(texture > limits["texture"], (TEXTURE_UM / 2 + 2 * SMOOTH_UM) / um)
+    # Grey dirt and coverslip edges are dense or textured too: only beside stain is that tissue.
+    beside = _local_share(stained, TEXTURE_UM / um) > 0.05
+    found = (stained | (beside & ((mean_od > limits["dense"]) | textured))) & ~ink
     found = _close(found, CLOSE_UM / um) & ~ink
     min_object = min(MIN_OBJECT_UM2, 0.05 * rgb.shape[0] * rgb.shape[1] * um * um) / um**2
     found = _keep_stained_objects(found, stained, min_object)
@@ -192,23 +193,26 @@ def find_ink(rgb: Image, glass: Field, um: float) -> Bool:
 
     Ink absorbs what no haematoxylin, eosin or DAB mixture does: green ink least in
     green; blue ink red much more than green; red ink blue as much as green and hardly any red;
-    black everything. Strong cores are grown over paler rims of the same ink.
+    black everything. Strong cores are grown over paler rims of the same ink, and over what beside
+    them is darker than tissue alone.
     """
     od = optical_density(_blur(rgb.astype(np.float32), INK_UM / 2 / um), glass)
     red, green, blue = od[..., 0], od[..., 1], od[..., 2]
     kinds = (
         # (hue test, density it is graded by, density of a core, density of a rim)
         ((green < 0.7 * blue) & (green < 0.6 * red), red, 0.25, 0.06),
-        ((red > 1.45 * green) & (red > 1.45 * blue), red, 0.60, 0.15),
+        ((red > 1.2 * green) & (red > 2.8 * blue), red, 0.60, 0.15),
         ((blue > 0.8 * green) & (red < 0.2 * green), green, 0.60, 0.15),
-        (od.max(axis=2) < 1.6 * od.min(axis=2), od.min(axis=2), 0.80, 0.25),
+        (od.max(axis=2) < 1.6 * od.min(axis=2), od.min(axis=2), 0.65, 0.25),
     )
     ink = np.zeros(rgb.shape[:2], dtype=bool)
     for hue, density, core_od, rim_od in kinds:
         core = _drop_small(hue & (density > core_od), MIN_INK_UM2 / um**2)
         if core.any():
-            near = _dilate(core, 100.0 / um)
-            ink |= _dilate(core, 12.0 / um) | (near & hue & (density > rim_od))
+            near = _dilate(core, 200.0 / um)
+            ink |= _dilate(core, 12.0 / um) | (
+                near & ((hue & (density > rim_od)) | (od.max(axis=2) > INK_OVER_TISSUE_OD))
+            )
     return ink
 
 
@@ -290,6 +294,11 @@ def _local_deviation(field: Field, window_px: float) -> Field:
     mean = cv2.blur(field, (side, side), borderType=cv2.BORDER_REFLECT_101)
     square = cv2.blur(field * field, (side, side), borderType=cv2.BORDER_REFLECT_101)
     return np.sqrt(np.maximum(square - mean * mean, 0)).astype(np.float32)
+
+
+def _local_share(found: Bool, window_px: float) -> Field:
+    side = max(3, int(window_px) // 2 * 2 + 1)
+    return np.asarray(cv2.blur(found.astype(np.float32), (side, side)), dtype=np.float32)
 
 
 def _disk(radius_px: float) -> Image:
