@@ -205,13 +205,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Summarise the agreement of paired features.
+def compare(a: np.ndarray, b: np.ndarray, mean: np.ndarray) -> dict[str, float]:
+    """Summarise the agreement of paired features, as they are and after `mean` is subtracted.
 
     Random weights put all features near one direction, so cosines are close to 1 whatever the
-    tile; the centred ones subtract the mean feature first and are the telling ones.
+    tile; the centred ones tell tiles apart, and are compared with those of different tiles.
     """
-    mean = (a.mean(0) + b.mean(0)) / 2
     plain, centred = cosine(a, b), cosine(a - mean, b - mean)
     other = cosine(a - mean, np.roll(b, 1, axis=0) - mean)
     return {
@@ -236,21 +235,25 @@ def agreement(work: Path, listed: list[Contender], options: argparse.Namespace, 
         if path.is_file():
             with np.load(path) as arrays:
                 loaded[one.name] = arrays["features"], arrays["coords"]
-    found: dict[str, dict] = {}
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name, (features, coords) in loaded.items():
         chosen = np.linspace(0, len(coords) - 1, min(CHECKED_TILES, len(coords))).astype(int)
         reference = reference_features(options.slide, coords[chosen], options.encoder, weights)
-        found[name] = {"with_fp32_reference": compare(reference, features[chosen])}
+        pairs[name] = reference, features[chosen]
+    if not pairs:
+        return {}
+    mean = np.concatenate([reference for reference, _ in pairs.values()]).mean(0)
+    found: dict[str, dict] = {name: {"with_fp32_reference": compare(*pair, mean)} for name, pair in pairs.items()}
     first = listed[0].name
     if first not in loaded:
         return found
     rows = {tuple(xy): i for i, xy in enumerate(loaded[first][1].tolist())}
     for name, (features, coords) in loaded.items():
-        pairs = [(rows[tuple(xy)], i) for i, xy in enumerate(coords.tolist()) if tuple(xy) in rows]
-        found[name]["tiles_shared_with_eosin"] = len(pairs)
-        if name != first and len(pairs) > 1:
-            mine, theirs = (list(column) for column in zip(*pairs, strict=True))
-            found[name][f"with_{first}"] = compare(loaded[first][0][mine], features[theirs])
+        shared = [(rows[tuple(xy)], i) for i, xy in enumerate(coords.tolist()) if tuple(xy) in rows]
+        found[name]["tiles_shared_with_eosin"] = len(shared)
+        if name != first and len(shared) > 1:
+            mine, theirs = (list(column) for column in zip(*shared, strict=True))
+            found[name][f"with_{first}"] = compare(loaded[first][0][mine], features[theirs], mean)
     return found
 
 
@@ -306,7 +309,7 @@ def summarise(rounds: list[dict], listed: list[Contender]) -> dict[str, dict]:
     return summary
 
 
-NOTE = "Cosines: median / 5th percentile [after the mean feature is subtracted]. Ranges: lowest-highest of the rounds."
+NOTE = "Cosines: median / 5th percentile [after the mean of all reference features is subtracted]."
 
 
 def agreed(check: dict | None) -> str:
