@@ -38,16 +38,17 @@ def decode_coordinates(rgb: Pixels) -> tuple[npt.NDArray[np.int64], npt.NDArray[
     return red + 256 * (blue % 16), green + 256 * (blue // 16)
 
 
-def ramp(width: int, height: int) -> Pixels:
-    """Return a smooth picture: red rises with x, green with y, over the whole side; blue is 128.
+def ramp(width: int, height: int, seed: int = 0) -> Pixels:
+    """Return a smooth picture: red rises with x, green with y, from 0 to 255 over the whole side; blue is 128.
 
-    It survives resampling: the mean of a region is the value at its centre.
+    It survives resampling, since the mean of a region is the value at its centre: rounding to 8
+    bits is dithered, hence without bias. A pyramid of ramps is exact at every level.
     """
-    red = (np.arange(width) + 0.5) * 255 / width
-    green = (np.arange(height) + 0.5) * 255 / height
-    picture = np.empty((height, width, 3))
-    picture[..., 0], picture[..., 1], picture[..., 2] = red[None], green[:, None], 128
-    return np.rint(picture).astype(np.uint8)
+    dither = np.random.default_rng(seed).random((height, width, 2))
+    picture = np.full((height, width, 3), 128.0)
+    picture[..., 0] = (np.arange(width) + 0.5)[None] * 255 / width + dither[..., 0]
+    picture[..., 1] = (np.arange(height) + 0.5)[:, None] * 255 / height + dither[..., 1]
+    return np.clip(np.floor(picture), 0, 255).astype(np.uint8)
 
 
 def reduced(pixels: Pixels, size: tuple[int, int]) -> Pixels:

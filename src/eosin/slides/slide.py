@@ -102,6 +102,11 @@ class Slide:
         """Close the slide."""
         self.close()
 
+    def __del__(self) -> None:
+        """Release the file of a slide that nobody closed."""
+        if getattr(self, "_backend", None) is not None:
+            self.close()
+
     def __repr__(self) -> str:
         """Return name and state."""
         name = "array" if self.path is None else str(self.path)

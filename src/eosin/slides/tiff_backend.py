@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import xml.etree.ElementTree as ET
 from collections import OrderedDict
@@ -59,7 +60,7 @@ class TiffBackend:
             self.icc_profile = base.iccprofile
             self.compressions = tuple(int(page.compression) for page in levels)
         self._path = path
-        self._file = path.open("rb")
+        self._fd: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
         self._held = 0
@@ -121,7 +122,7 @@ class TiffBackend:
             if level is not None and key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-            streams = segments.read(self._file, index)
+            streams = segments.read(self._fd, index)
         if streams is None:
             return None
         if level is not None and self._fast is not None and self._fast.has(level):
@@ -140,7 +141,9 @@ class TiffBackend:
     def close(self) -> None:
         """Release the file."""
         with self._lock:
-            self._file.close()
+            if self._fd is not None:
+                os.close(self._fd)
+            self._fd = None
             self._cache.clear()
             self._held = 0
         if self._fast is not None:
@@ -169,14 +172,20 @@ class _Segments:
                 f"{path}: a page has {len(self._offsets)} tiles instead of {self._count * self._planes}"
             )
 
-    def read(self, file, index: int) -> list[bytes] | None:
-        """Return the streams of segment `index`, one a plane; None for a hole."""
+    def read(self, fd: int | None, index: int) -> list[bytes] | None:
+        """Return the streams of segment `index`, one a plane; None for a hole.
+
+        Raises:
+            RegionError: the file was closed.
+        """
+        if fd is None:
+            raise RegionError(f"{self._path}: the file was closed while it was read")
         streams = []
         for i in range(index, len(self._offsets), self._count):
             if self._bytecounts[i] == 0:
                 return None
-            file.seek(self._offsets[i])
-            streams.append(file.read(self._bytecounts[i]))
+            os.lseek(fd, self._offsets[i], os.SEEK_SET)
+            streams.append(os.read(fd, self._bytecounts[i]))
         return streams
 
     def box(self, index: int) -> dict[str, tuple[int, int]]:
