@@ -185,6 +185,19 @@ def test_lower_levels_are_not_interpolated(slide):
         np.testing.assert_array_equal(got[..., :3], reduced(PIXELS, size)[43:83, 61:111])
 
 
+def test_pixels_belong_to_the_caller(slide):
+    for rgb in (
+        slide.read((5, 5), 40),
+        slide.read((5, 5), 40, mpp=0.4),
+        slide.thumbnail(50)[0],
+        slide.thumbnail(4096)[0],
+    ):
+        assert rgb.flags.writeable
+        assert rgb.flags.c_contiguous
+        rgb[:] = 7
+    np.testing.assert_array_equal(slide.read((5, 5), 40), PIXELS[5:45, 5:45])
+
+
 def test_thumbnail_shows_the_whole_slide(slide):
     rgb, (dx, dy) = slide.thumbnail(200)
     assert rgb.shape == (133, 200, 3)

@@ -11,6 +11,7 @@ import openslide
 from PIL import Image
 
 from eosin.errors import CorruptSlideError, RegionError, UnsupportedSlideError
+from eosin.geometry import round_half_up
 from eosin.slides.backend import WHITE, Pixels, composite, frame_size, read_padded
 from eosin.slides.jpegtiles import JpegTiles
 from eosin.slides.ledger import from_openslide
@@ -108,7 +109,7 @@ class OpenSlideBackend:
     def _read(self, xy: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
         # OpenSlide wants the level-0 position and divides it by its own downsample.
         downsample = self._downsamples[level]
-        location = (round(xy[0] * downsample), round(xy[1] * downsample))
+        location = (int(round_half_up(xy[0] * downsample)), int(round_half_up(xy[1] * downsample)))
         try:
             pixels = np.asarray(self._slide.read_region(location, level, size))
         except openslide.OpenSlideError as error:

@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from eosin.errors import CorruptSlideError, GeometryError, MissingMppError, SlideError
 from eosin.geometry import Mpp, ReadPlan, check_mpp, covered_fraction, plan_read, round_half_up
 from eosin.slides.backend import Backend, Pixels, composite, frame_size
 from eosin.slides.colour import IccTransform, icc_transform
 from eosin.slides.fingerprint import fingerprint_array, fingerprint_path
+from eosin.slides.footprint import Footprint, cover, resize, snap
 from eosin.slides.ledger import MppLedger
 from eosin.slides.opening import open_backend
 
-FILTER = Image.Resampling.BILINEAR
-"""Pillow's BILINEAR widens its support by the reduction: it is antialiased."""
 MAX_READ_PIXELS = 64_000_000
 BLOCK_PIXELS = 16_000_000
-_EDGE_SLACK_PX = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +36,6 @@ class TileRead:
 
     rgb: Pixels
     valid_fraction: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Region:
-    """A rectangle of one read frame, in float read-frame pixels, and the size it becomes."""
-
-    level: int
-    scale: int
-    origin: tuple[float, float]
-    size: tuple[float, float]
-    out_px: tuple[int, int]
-    resample: bool
 
 
 class Slide:
@@ -268,7 +253,7 @@ class Slide:
             RegionError: the pixels cannot be decoded.
         """
         rgb, alpha_share = self._read(
-            _Region(
+            Footprint(
                 level=plan.level,
                 scale=plan.scale,
                 origin=(xy[0] / plan.downsample[0], xy[1] / plan.downsample[1]),
@@ -309,13 +294,13 @@ class Slide:
             plan = self.plan(tile_px=max(width, height), mpp=mpp)
             size = (plan.read_px[0] * width / plan.tile_px, plan.read_px[1] * height / plan.tile_px)
             origin = (xy[0] / plan.downsample[0], xy[1] / plan.downsample[1])
-            return self._read(_Region(plan.level, plan.scale, origin, size, (width, height), plan.resample))[0]
+            return self._read(Footprint(plan.level, plan.scale, origin, size, (width, height), plan.resample))[0]
         level = 0 if level is None else level
         if not 0 <= level < len(self.level_sizes):
             raise GeometryError(f"{self.name} has levels 0 to {len(self.level_sizes) - 1}, not {level}")
         dx, dy = self.level_downsamples[level]
         origin = (xy[0] / dx, xy[1] / dy)
-        return self._read(_Region(level, 1, origin, (width, height), (width, height), resample=False))[0]
+        return self._read(Footprint(level, 1, origin, (width, height), (width, height), resample=False))[0]
 
     def thumbnail(self, max_px: int = 2048) -> tuple[Pixels, tuple[float, float]]:
         """Return the whole slide with its longer side at most `max_px`, and its downsample.
@@ -332,7 +317,7 @@ class Slide:
         frame = frame_size(self.level_sizes[level], scale)
         extent = (self.level_sizes[level][0] / scale, self.level_sizes[level][1] / scale)
         if frame[0] * frame[1] <= MAX_READ_PIXELS:
-            rgb = self._read(_Region(level, scale, (0.0, 0.0), extent, out, extent != out))[0]
+            rgb = self._read(Footprint(level, scale, (0.0, 0.0), extent, out, extent != out))[0]
         else:
             rgb = self._read_blocks(level, scale, extent, out)
         return rgb, (width / out[0], height / out[1])
@@ -366,19 +351,21 @@ class Slide:
                     min(right * ratio[0], extent[0]) - x0,
                     min(bottom * ratio[1], extent[1]) - y0,
                 )
-                rgb[top:bottom, left:right] = _resize(region, (right - left, bottom - top), box)
+                rgb[top:bottom, left:right] = resize(region, (right - left, bottom - top), box)
         return rgb
 
-    def _read(self, region: _Region) -> tuple[Pixels, float]:
+    def _read(self, region: Footprint) -> tuple[Pixels, float]:
         """Return the region's pixels and the mean alpha of those inside the bounds (1 = opaque)."""
         frame = frame_size(self.level_sizes[region.level], region.scale)
         if not region.resample:
-            whole = (_snap(region, frame, 0), _snap(region, frame, 1))
-            return self._pixels(region.level, region.scale, whole, region.out_px)
-        starts, counts, boxes = zip(*(_cover(region, frame, axis) for axis in (0, 1)), strict=True)
+            whole = (snap(region, frame, 0), snap(region, frame, 1))
+            rgb, share = self._pixels(region.level, region.scale, whole, region.out_px)
+            # A copy: it may be a view of the image itself.
+            return np.array(rgb, order="C"), share
+        starts, counts, boxes = zip(*(cover(region, frame, axis) for axis in (0, 1)), strict=True)
         rgb, share = self._pixels(region.level, region.scale, starts, counts)
         (left, right), (top, bottom) = boxes
-        return _resize(rgb, region.out_px, (left, top, right, bottom)), share
+        return resize(rgb, region.out_px, (left, top, right, bottom)), share
 
     def _pixels(self, level: int, scale: int, xy: tuple[int, int], size: tuple[int, int]) -> tuple[Pixels, float]:
         """Return whole read-frame pixels composited on the background, and their mean alpha."""
@@ -397,30 +384,6 @@ class Slide:
         top, bottom = (int(round_half_up(edge / dy)) - xy[1] for edge in (y, y + height))
         inside = alpha[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
         return float(inside.mean()) / 255 if inside.size else 1.0
-
-
-def _snap(region: _Region, frame: tuple[int, int], axis: int) -> int:
-    """Return the first whole pixel along `axis`, kept inside the frame when it sticks out by one."""
-    start, size, limit = int(round_half_up(region.origin[axis])), region.out_px[axis], frame[axis]
-    return start - 1 if start + size == limit + 1 and start > 0 else start
-
-
-def _cover(region: _Region, frame: tuple[int, int], axis: int) -> tuple[int, int, tuple[float, float]]:
-    """Return first pixel, count, and the fractional box within them, along `axis`.
-
-    An overhang of less than half a pixel comes from rounding, not from the caller: it is cut,
-    so that no background bleeds into the last row.
-    """
-    first, last, limit = region.origin[axis], region.origin[axis] + region.size[axis], frame[axis]
-    if limit < last < limit + _EDGE_SLACK_PX:
-        last = float(limit)
-    start, stop = int(np.floor(first + 1e-6)), int(np.ceil(last - 1e-6))
-    stop = max(stop, start + 1)
-    return start, stop - start, (max(0.0, first - start), min(last - start, float(stop - start)))
-
-
-def _resize(rgb: Pixels, out_px: tuple[int, int], box: tuple[float, float, float, float]) -> Pixels:
-    return np.asarray(Image.fromarray(rgb).resize(out_px, FILTER, box=box))
 
 
 def _check_sizes(name: str, backend: Backend) -> None:
