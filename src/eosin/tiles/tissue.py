@@ -88,9 +88,9 @@ def segment_tissue(
     um = float(np.sqrt(pixel_um[0] * pixel_um[1]))
     glass, glass_color, is_glass = glass_color_field(rgb)
     od = optical_density(_blur(rgb.astype(np.float32), SMOOTH_UM / um), glass)
-    mean_od = od.mean(axis=2)
-    chroma = od.max(axis=2) - od.min(axis=2)
-    texture = _local_deviation(od.max(axis=2), TEXTURE_UM / um)
+    low, mean_od, high = _channel_range(od)
+    chroma = high - low
+    texture = _local_deviation(high, TEXTURE_UM / um)
     limits = {
         "chroma": _limit(chroma[is_glass], CHROMA_OD),
         "dense": _limit(mean_od[is_glass], DENSE_OD),
@@ -132,7 +132,7 @@ def check_brightfield(rgb: Image, where: str) -> None:
     Raises:
         NotBrightfieldError: over half of the pixels are dark and fewer than 5 % are bright.
     """
-    light = rgb.mean(axis=2)
+    light = _channel_range(rgb)[1]
     dark, bright = float((light < DARK_LEVEL).mean()), float((light > BRIGHT_LEVEL).mean())
     if dark > 0.5 and bright < 0.05:
         raise NotBrightfieldError(
@@ -154,11 +154,11 @@ def glass_color_field(rgb: Image) -> tuple[Field, Field, Bool]:
         float32 (h, w, 3), float32 (3,), bool (h, w).
     """
     soft = _blur(rgb.astype(np.float32), 1.0)
-    light = soft.mean(axis=2)
-    spread = soft.max(axis=2) - soft.min(axis=2)
+    low, light, high = _channel_range(soft)
+    spread = high - low
     smooth = _local_deviation(light, 5.0) < 4.0
     candidate = (light > max(140.0, 0.6 * float(np.percentile(light, 99.5)))) & (spread < 32) & smooth
-    filler = (rgb == 255).all(axis=2)
+    filler = _channel_range(rgb)[0] == 255
     scanned = candidate & ~filler
     if scanned.mean() > 0.005:
         candidate = scanned
@@ -170,8 +170,9 @@ def glass_color_field(rgb: Image) -> tuple[Field, Field, Bool]:
     mode = int(np.flatnonzero(counts >= 0.25 * counts.max()).max())
     member = candidate & (np.abs(light - mode) < GLASS_BAND)
     # Vignetting dims glass but leaves its hue: pale stain of the same brightness has another.
-    tint = soft - light[..., None]
-    candidate &= (np.abs(tint - np.median(tint[member], axis=0)) < GLASS_TINT).all(axis=2)
+    for channel in range(3):
+        tint = soft[..., channel] - light
+        candidate &= np.abs(tint - np.median(tint[member])) < GLASS_TINT
     member &= candidate
     for _ in range(6):
         surface = _quadratic_surface(light[..., None], member)[..., 0]
@@ -198,21 +199,20 @@ def find_ink(rgb: Image, glass: Field, um: float) -> Bool:
     """
     od = optical_density(_blur(rgb.astype(np.float32), INK_UM / 2 / um), glass)
     red, green, blue = od[..., 0], od[..., 1], od[..., 2]
+    low, _, high = _channel_range(od)
     kinds = (
         # (hue test, density it is graded by, density of a core, density of a rim)
         ((green < 0.7 * blue) & (green < 0.6 * red), red, 0.25, 0.06),
         ((red > 1.2 * green) & (red > 2.8 * blue), red, 0.60, 0.15),
         ((blue > 0.8 * green) & (red < 0.2 * green), green, 0.60, 0.15),
-        (od.max(axis=2) < 1.6 * od.min(axis=2), od.min(axis=2), 0.65, 0.25),
+        (high < 1.6 * low, low, 0.65, 0.25),
     )
     ink = np.zeros(rgb.shape[:2], dtype=bool)
     for hue, density, core_od, rim_od in kinds:
         core = _drop_small(hue & (density > core_od), MIN_INK_UM2 / um**2)
         if core.any():
             near = _dilate(core, 200.0 / um)
-            ink |= _dilate(core, 12.0 / um) | (
-                near & ((hue & (density > rim_od)) | (od.max(axis=2) > INK_OVER_TISSUE_OD))
-            )
+            ink |= _dilate(core, 12.0 / um) | (near & ((hue & (density > rim_od)) | (high > INK_OVER_TISSUE_OD)))
     return ink
 
 
@@ -240,15 +240,14 @@ def _quadratic_surface(channels: Field, member: Bool) -> Field:
     if blocks < 8 or member.mean() < 0.2:
         return np.broadcast_to(np.median(values, axis=0).astype(np.float32), channels.shape)
 
-    def terms(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-
     u, v = columns / width - 0.5, rows / height - 0.5
-    design = terms(u, v)
+    design = np.stack([np.ones_like(u), u, v, u * u, u * v, v * v], axis=-1)
     penalty = np.diag([0.0, 1, 1, 1, 1, 1]) * 1e-3 * len(rows)
-    weights = np.linalg.solve(design.T @ design + penalty, design.T @ values)
-    grid = terms(*np.meshgrid(np.arange(width) / width - 0.5, np.arange(height) / height - 0.5))
-    return np.clip(grid @ weights, low, high).astype(np.float32)
+    weights = np.linalg.solve(design.T @ design + penalty, design.T @ values).astype(np.float32)
+    x = (np.arange(width, dtype=np.float32) / width - 0.5)[None, :, None]
+    y = (np.arange(height, dtype=np.float32) / height - 0.5)[:, None, None]
+    surface = (weights[0] + weights[1] * x + weights[3] * x * x) + (weights[2] + weights[4] * x + weights[5] * y) * y
+    return np.clip(surface, low.astype(np.float32), high.astype(np.float32))
 
 
 def _keep_stained_objects(found: Bool, stained: Bool, min_px: float) -> Bool:
@@ -281,6 +280,13 @@ def _components(found: Bool, connectivity: int) -> tuple[npt.NDArray[np.int32], 
     count, labels = cv2.connectedComponents(found.astype(np.uint8), connectivity=connectivity)
     labels = np.asarray(labels, dtype=np.int32)
     return labels, np.bincount(labels.ravel(), minlength=count)
+
+
+def _channel_range(image: npt.NDArray[Any]) -> tuple[Field, Field, Field]:
+    """Return least, mean and greatest of the three channels (by slices: a reduction over so short an axis is slow)."""
+    red, green, blue = (image[..., channel].astype(np.float32) for channel in range(3))
+    low = np.minimum(np.minimum(red, green), blue)
+    return low, (red + green + blue) / np.float32(3), np.maximum(np.maximum(red, green), blue)
 
 
 def _blur(image: Field, sigma_px: float) -> Field:
