@@ -102,6 +102,8 @@ def extract(
     from eosin.tasks.summary import write_summary
 
     specs = [_spec(tile_px, one, overlap_px, min_tissue, edge) for one in parse_mpp(mpp)]
+    part = parse_shard(shard)
+    jobs = find_jobs(inputs, slide_mpp=slide_mpp, masks=masks)
     names = [name.strip() for name in encoder.split(",")]
     encoders = [
         load_encoder(name, device=device, precision=precision, backend=backend, pooling=pooling) for name in names
@@ -109,14 +111,14 @@ def extract(
     settings = Settings(stain=stain, dtype=dtype, icc=icc)
     with progress_bar() as progress:
         outcome = run(
-            find_jobs(inputs, slide_mpp=slide_mpp, masks=masks),
+            jobs,
             specs,
             encoders,
             out=out,
             settings=settings,
             workers=workers,
             batch_size=batch_size,
-            shard=parse_shard(shard),
+            shard=part,
             progress=progress,
         )
     for store in outcome.stores:

@@ -195,10 +195,10 @@ def run(
 def _load_encoders(encoder: str | TileEncoder | Sequence[str | TileEncoder]) -> list[TileEncoder]:
     from eosin.encoders import load_encoder
 
-    several = [encoder] if isinstance(encoder, str) or hasattr(encoder, "encode") else list(encoder)  # type: ignore[arg-type]
+    several: Sequence[str | TileEncoder] = encoder if isinstance(encoder, (list, tuple)) else [encoder]  # type: ignore[list-item]
     if not several:
         raise CohortError("no encoder given; see: eosin encoders")
-    loaded = [load_encoder(one) if isinstance(one, str) else one for one in several]
+    loaded: list[TileEncoder] = [load_encoder(one) if isinstance(one, str) else one for one in several]
     names = [one.spec.name for one in loaded]
     if len(set(names)) != len(names):
         raise CohortError(f"an encoder is named twice: {', '.join(names)}")

@@ -47,7 +47,7 @@ def _describe(slide: Slide) -> dict[str, Any]:
         "mpp": slide.mpp_ledger.to_dict(),
         "bounds": list(slide.bounds),
         "compression": _compression(slide.path),
-        "icc": slide.icc_profile is not None,
+        "icc": slide.backend.icc_profile is not None,
         "associated": list(slide.associated),
         "bytes": slide.path.stat().st_size if slide.path is not None and slide.path.is_file() else None,
         "fingerprint": slide.fingerprint,
@@ -60,8 +60,7 @@ def _compression(path: Path | None) -> str | None:
         return None
     try:
         with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages[0]
-            return str(getattr(page, "compression", "")).rsplit(".", 1)[-1] or None
+            return tifffile.COMPRESSION(tiff.pages.first.compression).name
     except (tifffile.TiffFileError, OSError, ValueError):
         return None
 

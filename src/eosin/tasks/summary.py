@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from eosin.errors import StoreCorruptError
 from eosin.features.pipeline import write_durably
 from eosin.features.store import FeatureStore
 from eosin.tiles.qc import REASONS
@@ -21,7 +22,11 @@ def cohort_summary(store: FeatureStore) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for slide_id in store:
-        features = store[slide_id]
+        try:
+            features = store[slide_id]
+        except StoreCorruptError as error:
+            rows.append({"slide_id": slide_id, "failure": str(error)})
+            continue
         slide = features.slide
         ledger = slide.get("mpp") or {}
         row: dict[str, Any] = {

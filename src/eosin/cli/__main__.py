@@ -1,0 +1,5 @@
+"""`python -m eosin.cli`."""
+
+from eosin.cli import main
+
+main()

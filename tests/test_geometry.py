@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eosin.errors import GeometryError, ImplausibleMppError, UpsampleError
+from eosin.geometry import Mpp, axis_origins, check_mpp, covered_fraction, plan_read, round_half_up
+
+PYRAMID = ((1.0, 1.0), (4.0, 4.0), (16.0, 16.0))
+JPEG = ((1, 2, 4, 8),) * 3
+
+
+@pytest.mark.parametrize(
+    ("mpp", "expected"),
+    [
+        (0.25, (0, 1)),
+        (0.5, (0, 2)),
+        (0.9, (0, 2)),
+        (1.0, (1, 1)),
+        (1.01, (1, 1)),
+        (2.0, (1, 2)),
+        (4.0, (2, 1)),
+        (8.0, (2, 2)),
+    ],
+)
+def test_the_coarsest_frame_not_coarser_than_asked(mpp: float, expected: tuple[int, int]) -> None:
+    plan = plan_read(tile_px=224, mpp=mpp, slide_mpp=Mpp(0.25, 0.25), level_downsamples=PYRAMID, level_scales=JPEG)
+    assert (plan.level, plan.scale) == expected
+
+
+@given(
+    st.floats(0.1, 2.0),
+    st.floats(0.98, 1.02),
+    st.floats(0.1, 8.0),
+    st.integers(16, 1024),
+    st.floats(1.5, 5.0),
+    st.booleans(),
+)
+def test_a_plan_never_reads_coarser_than_asked_nor_needlessly_fine(
+    mpp0: float, skew: float, target: float, tile_px: int, step: float, jpeg: bool
+) -> None:
+    slide_mpp = Mpp(mpp0, mpp0 * skew)
+    downsamples = tuple((step**i, step**i * 1.0003) for i in range(4))
+    if max(slide_mpp.x, slide_mpp.y) / target > 2.0:
+        return
+    scales = ((1, 2, 4, 8),) * 4 if jpeg else None
+    plan = plan_read(
+        tile_px=tile_px, mpp=target, slide_mpp=slide_mpp, level_downsamples=downsamples, level_scales=scales
+    )
+    read_mpp = max(plan.downsample[0] * slide_mpp.x, plan.downsample[1] * slide_mpp.y)
+    if plan.upsample <= 1.01:
+        assert read_mpp <= target * 1.01 + 1e-12
+    # Physical size is exact, whatever was read: footprint x mpp = tile_px x target.
+    assert plan.size0_px[0] * slide_mpp.x == pytest.approx(tile_px * target)
+    assert plan.read_px[1] * plan.downsample[1] == pytest.approx(plan.size0_px[1])
+    for level, (dx, dy) in enumerate(downsamples):
+        for scale in scales[level] if scales else (1,):
+            other = max(dx * slide_mpp.x, dy * slide_mpp.y) * scale
+            assert not (read_mpp * 1.00001 < other <= target * 1.0099)
+
+
+def test_a_pyramid_rounded_up_is_not_truncated() -> None:
+    """An odd level-0 size gives downsample 1.9998; int() of it would halve the magnification."""
+    plan = plan_read(tile_px=256, mpp=1.0, slide_mpp=Mpp(0.5, 0.5), level_downsamples=((1, 1), (1.9998, 1.9998)))
+    assert plan.level == 1
+    assert plan.size0_px == (512.0, 512.0)
+    assert plan.read_px[0] == pytest.approx(256.0256)
+    assert not plan.resample
+
+
+def test_resample_only_when_a_pixel_would_move() -> None:
+    near = plan_read(tile_px=224, mpp=0.5, slide_mpp=Mpp(0.499, 0.499), level_downsamples=((1, 1),))
+    assert not near.resample
+    far = plan_read(tile_px=224, mpp=0.5, slide_mpp=Mpp(0.4987, 0.4987), level_downsamples=((1, 1),))
+    assert far.resample
+
+
+def test_upsampling_is_bounded_and_said() -> None:
+    plan = plan_read(tile_px=224, mpp=0.5, slide_mpp=Mpp(1, 1), level_downsamples=((1, 1),))
+    assert plan.upsample == 2.0
+    with pytest.raises(UpsampleError, match="--mpp 1 or coarser"):
+        plan_read(tile_px=224, mpp=0.25, slide_mpp=Mpp(1, 1), level_downsamples=((1, 1),))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, 0.049, 5.01, 353.0, float("nan"), float("inf")])
+def test_implausible_mpp_raises(bad: float) -> None:
+    with pytest.raises(ImplausibleMppError, match="slide-mpp"):
+        check_mpp(bad, "x.svs")
+
+
+@given(st.floats(0.3, 900), st.integers(1, 200_000), st.integers(-500, 500))
+def test_a_grid_does_not_drift(step: float, extent: int, start: int) -> None:
+    origins = axis_origins(start_px=start, extent_px=extent, size_px=step, step_px=step, edge="pad-white")
+    assert np.abs(origins - start - np.arange(len(origins)) * step).max(initial=0) <= 0.5
+    assert len(origins) == 0 or start <= origins[0]
+    assert (origins < start + extent).all()
+
+
+@given(st.integers(1, 3000), st.floats(1, 700), st.floats(0.2, 1.0))
+def test_edge_policies(extent: int, size: float, share: float) -> None:
+    step = size * share
+    grids = {
+        edge: axis_origins(start_px=0, extent_px=extent, size_px=size, step_px=step, edge=edge)
+        for edge in ("drop", "pad-white", "shift-in")
+    }
+    assert (grids["drop"] + size <= extent + 0.25).all()
+    assert set(grids["drop"]) <= set(grids["pad-white"])
+    if extent >= size:
+        assert (grids["shift-in"] + size <= extent + 0.25).all()
+        assert (np.diff(grids["shift-in"]) <= step + 1).all()
+        assert grids["shift-in"][-1] + size >= extent - 1.25
+    padded = grids["pad-white"]
+    assert padded[-1] + max(size, step) >= extent - 1
+
+
+def test_grids_refuse_nonsense() -> None:
+    with pytest.raises(GeometryError, match="positive"):
+        axis_origins(start_px=0, extent_px=10, size_px=5, step_px=0, edge="drop")
+    with pytest.raises(GeometryError, match="edge policy"):
+        axis_origins(start_px=0, extent_px=10, size_px=5, step_px=5, edge="wrap")  # type: ignore[arg-type]
+
+
+def test_covered_fraction_is_area() -> None:
+    xy = np.array([[0, 0], [-5, 0], [95, 95], [200, 0]])
+    np.testing.assert_allclose(covered_fraction(xy, (10, 10), (0, 0, 100, 100)), [1, 0.5, 0.25, 0])
+
+
+@given(st.integers(-(10**9), 10**9))
+def test_halves_round_up_everywhere(value: int) -> None:
+    assert round_half_up(value + 0.5) == value + 1
+    assert round_half_up(value) == value
