@@ -331,18 +331,16 @@ def infer(converted: Converted) -> tuple[str, dict[str, Any]]:
         args |= {"qkv_bias": "blocks.0.attn.q_bias" in state}
         return "vit_small_patch16_dinov3", args
     inner = state["blocks.0.mlp.fc1.weight"].shape[0]
-    args |= {"mlp_ratio": inner / width, "reg_tokens": registers, "init_values": None}
+    args |= {"mlp_ratio": inner / width, "reg_tokens": registers}
     if inner != hidden:
         args |= {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
-    if "blocks.0.ls1.gamma" in state:
-        args["init_values"] = 1e-5
     args["no_embed_class"] = math.isqrt(state["pos_embed"].shape[1]) ** 2 == state["pos_embed"].shape[1]
     if "norm_pre.weight" in state:
         args |= {"pre_norm": True, "act_layer": "quick_gelu", "norm_eps": 1e-5}
         args["num_classes"] = state["head.weight"].shape[0] if "head.weight" in state else 0
     if converted.layout == "hf-vit":
         args["norm_eps"] = 1e-12
-    return "vit_small_patch14_dinov2", args
+    return "vit_small_patch14_dinov2" if "blocks.0.ls1.gamma" in state else "vit_small_patch16_224", args
 
 
 def position_side(converted: Converted, *, prefix: int) -> int:

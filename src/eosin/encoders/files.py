@@ -30,14 +30,18 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} holds more than tensors and is not read, as that would run its code; "
-            f"ask its author for safetensors ({str(error).splitlines()[0]})"
+            f"{path} holds more than tensors, or is broken; it is not read, as that would run its code. "
+            f"Ask its author for safetensors ({_first_line(error)})"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path} is broken or no weights file: {str(error).splitlines()[0]}") from error
+        raise WeightsError(f"{path} is broken or no weights file: {_first_line(error)}") from error
     if not isinstance(checkpoint, Mapping):
         raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, needed: a mapping of names to tensors")
     return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_model(get: Callable[[str], Path], *, name: str, file: str = "") -> Mapping[str, Any]:

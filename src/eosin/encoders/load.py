@@ -252,7 +252,7 @@ def _inferred(
     spec = _describe(network, name=name, source=source, arch=arch, args=args, side=side)
     registers = spec.registers > 0
     how = "rope" if spec.interpolation == "rope" else _INTERPOLATION.get(converted.layout, "bicubic")
-    how = "bicubic-antialias" if registers and converted.layout == "dinov2" else how
+    how = "bicubic-antialias" if registers and how != "rope" else how
     return _fit(spec.replace(interpolation=how, native_px=side), converted)
 
 

@@ -160,7 +160,7 @@ def _pathology_other() -> Iterable[EncoderSpec]:
             name=f"hibou-{letter}", dim=width, patch_px=14, registers=4, mpp=(0.5,), params_m=params_m,
             licence=_APACHE, gated=True, mean=_HIBOU_MEAN, std=_HIBOU_STD,
             source=f"hf:histai/hibou-{'L' if letter == 'l' else 'b'}", arch=f"vit_{size}_patch14_reg4_dinov2",
-            interpolation="bicubic",
+            interpolation="bicubic-antialias",
             notes=(
                 f"{registers_note} ships its own model code, which is not executed here: its weights are read "
                 "as DINOv2 with registers.",
