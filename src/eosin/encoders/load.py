@@ -253,7 +253,8 @@ def _inferred(
     registers = spec.registers > 0
     how = "rope" if spec.interpolation == "rope" else _INTERPOLATION.get(converted.layout, "bicubic")
     how = "bicubic-antialias" if registers and how != "rope" else how
-    return _fit(spec.replace(interpolation=how, native_px=side), converted)
+    usual = 224 if side > 224 and 224 % spec.patch_px == 0 else spec.input_px
+    return _fit(spec.replace(interpolation=how, native_px=side, input_px=usual), converted)
 
 
 def _apply(settings: Mapping[str, Any], args: dict[str, Any], name: str) -> None:

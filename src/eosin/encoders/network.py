@@ -84,6 +84,7 @@ class Backbone(nn.Module):
         self.network = network
         self.spec = spec
         self._native: Tensor | None = None
+        self._grid: tuple[int, int] | None = None
         if isinstance(network, VisionTransformer) and network.pos_embed is not None:
             self._native = network.pos_embed.detach()
             network.patch_embed.strict_img_size = False
@@ -98,12 +99,15 @@ class Backbone(nn.Module):
         network = self.network
         if isinstance(network, VisionTransformer) and self._native is not None:
             grid = (height_px // self.spec.patch_px, width_px // self.spec.patch_px)
+            if grid == self._grid:
+                return
             prefix = 0 if network.no_embed_class else network.num_prefix_tokens
             current = cast(Tensor, network.pos_embed)
-            native = self._native.to(current.device)
-            position = resize_position(native, grid, self.spec.interpolation, prefix=prefix).to(current.dtype)
-            if position.shape != current.shape or not torch.equal(position, current):
+            with torch.inference_mode(False), torch.no_grad():
+                native = self._native.to(current.device)
+                position = resize_position(native, grid, self.spec.interpolation, prefix=prefix).to(current.dtype)
                 network.pos_embed = nn.Parameter(position.clone(), requires_grad=current.requires_grad)
+            self._grid = grid
         elif self.spec.interpolation == "none" and hasattr(network, "patch_embed"):
             side = self.spec.native_px
             if (height_px, width_px) != (side, side):
