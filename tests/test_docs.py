@@ -29,6 +29,15 @@ def test_blocks_have_a_known_language(page: Path) -> None:
         assert language in ("python", "console", *SHOWN), f"{page.name}: ```{language} {code[:40]!r}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_named_tests_exist(page: Path) -> None:
+    known = {
+        n for p in (ROOT / "tests").rglob("test_*.py") for n in re.findall(r"^def (test_\w+)", p.read_text(), re.M)
+    }
+    named = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")))
+    assert not named - known
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the examples name: slides/a.svs, slides/b.svs, a.svs."""

@@ -94,7 +94,9 @@ def plan_read(
     level_downsamples: Sequence[tuple[float, float]],
     level_scales: Sequence[Sequence[int]] | None = None,
 ) -> ReadPlan:
-    """Return the coarsest (level, scale) that is not coarser than `mpp`, within 1 %.
+    """Return the coarsest level that is not coarser than `mpp`, within 1 %, and its largest such scale.
+
+    The level comes first: a coarser level costs the decoder less than a finer one reduced.
 
     Args:
         tile_px: side of the tile in pixels.
@@ -118,18 +120,11 @@ def plan_read(
             f"tiles at {mpp:g} mpp would be {upsample:.2f}x finer than the slide's own "
             f"{slide_mpp.x:g} x {slide_mpp.y:g} mpp; ask for --mpp {slide_mpp.mean:.3g} or coarser"
         )
-    best = (0, 1)
-    best_mpp = 0.0
-    for level, (dx, dy) in enumerate(level_downsamples):
-        scales = level_scales[level] if level_scales is not None else (1,)
-        for scale in scales:
-            coarsest = max(dx * slide_mpp.x, dy * slide_mpp.y) * scale
-            # On a tie an undecimated level wins: it costs the codec nothing.
-            if coarsest <= mpp * (1 + LEVEL_TOLERANCE) and coarsest > best_mpp * (1 + 1e-6):
-                best, best_mpp = (level, scale), coarsest
-            elif np.isclose(coarsest, best_mpp, rtol=1e-6) and scale < best[1]:
-                best = (level, scale)
-    level, scale = best
+    limit = mpp * (1 + LEVEL_TOLERANCE)
+    coarse = [max(dx * slide_mpp.x, dy * slide_mpp.y) for dx, dy in level_downsamples]
+    level = max((i for i, c in enumerate(coarse) if c <= limit), key=lambda i: coarse[i], default=0)
+    offered = level_scales[level] if level_scales is not None else (1,)
+    scale = max((s for s in offered if coarse[level] * s <= limit), default=1)
     dx, dy = level_downsamples[level][0] * scale, level_downsamples[level][1] * scale
     size0 = (tile_px * mpp / slide_mpp.x, tile_px * mpp / slide_mpp.y)
     read = (size0[0] / dx, size0[1] / dy)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eosin.encoders.spec import EncoderSpec
+from eosin.features.jobs import Job
+from eosin.slides import Slide
 
 
 class MeanEncoder:
@@ -55,3 +59,11 @@ class NanEncoder(MeanEncoder):
         if start <= self.at < start + len(tiles):
             x[self.at - start, 7] = np.nan
         return x
+
+
+class CrashingJob(Job):
+    """A slide whose codec takes the process down."""
+
+    def open(self) -> Slide:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        raise AssertionError("not reached")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders_for_tests import MeanEncoder, NanEncoder
+from encoders_for_tests import CrashingJob, MeanEncoder, NanEncoder
 
 import slidegen
-from eosin.errors import CohortError, NonFiniteError, NoTissueError, StoreMismatchError
+from eosin.errors import CohortError, NonFiniteError, NoTissueError, StoreError, StoreMismatchError
 from eosin.features.extract import Settings, run
 from eosin.features.jobs import find_jobs, shard_jobs
 from eosin.features.readers import ReaderPool, ReaderState
@@ -233,6 +233,68 @@ def test_settings_reach_the_recipe(cohort: Path, tmp_path: Path) -> None:
     assert features.recipe["stain"]["method"] == "macenko"
     assert "stain_unchanged" in features.qc
     assert np.abs(features.x.astype(np.float32) - plain["two.svs"].x).mean() > 1
+
+
+def spoil(path: Path, keep: float, seed: int = 0) -> int:
+    """Overwrite level-0 JPEG tiles with zeros, all but a share `keep`; return how many."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    bad = np.random.default_rng(seed).permutation(len(places))[: round(len(places) * (1 - keep))]
+    with open(path, "r+b") as file:
+        for i in bad:
+            file.seek(places[i][0] + 2)
+            file.write(bytes(places[i][1] - 2))
+    return len(bad)
+
+
+def test_undecodable_tiles_are_listed_and_many_fail_the_slide(tmp_path: Path) -> None:
+    pixels, _ = slidegen.histology(3000, 2400, seed=2, mpp=0.5, blobs=-1)
+    path = slidegen.write_tiff(
+        tmp_path / "few.svs", pixels, slidegen.TiffStyle(compression="jpeg", mpp=0.5, factors=(4,))
+    )
+    shutil.copy(path, tmp_path / "many.svs")
+    spec = TileSpec(tile_px=64, mpp=0.5)
+    whole = run(path, spec, MeanEncoder(), out=tmp_path / "whole", workers=0).stores[0]["few"]
+    assert spoil(path, keep=0.99) >= 1
+    assert spoil(tmp_path / "many.svs", keep=0.5) > 20
+    outcome = run([path, tmp_path / "many.svs"], spec, MeanEncoder(), out=tmp_path / "o", workers=1)
+    assert outcome.done == ("few.svs",), outcome.failed
+    assert "CorruptSlideError" in outcome.failed["many.svs"]
+    assert "cannot be decoded" in outcome.failed["many.svs"]
+    few = outcome.stores[0]["few"]
+    assert 0 < len(few.unreadable_xy) < 0.05 * len(whole)
+    rows = {tuple(xy): x for xy, x in zip(whole.xy.tolist(), whole.x, strict=True)}
+    assert {*map(tuple, few.xy.tolist()), *map(tuple, few.unreadable_xy.tolist())} == set(rows)
+    for xy, x in zip(few.xy.tolist(), few.x, strict=True):
+        np.testing.assert_array_equal(x, rows[tuple(xy)])
+
+
+def test_a_codec_crash_fails_its_slide_alone(cohort: Path, tmp_path: Path) -> None:
+    jobs = find_jobs([cohort])
+    evil = jobs[1]
+    jobs[1] = CrashingJob(slide_id=evil.slide_id, source=evil.source)
+    outcome = run(jobs, SPEC, MeanEncoder(), out=tmp_path, workers=1)
+    assert outcome.done == ("a/one.svs", "two.svs")
+    assert "SIGSEGV" in outcome.failed["b/one.svs"]
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_done(cohort: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        with pytest.raises(StoreError, match="free"):
+            run(cohort, SPEC, MeanEncoder(), out=disk / "o", workers=0)
+        store = FeatureStore.open(disk / "o")
+        assert 0 < len(store) < 3
+        assert all(row.ok for row in store.verify())
+        assert not list((disk / "o").rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # Tasks for the pool must be importable by the reader processes.

@@ -323,13 +323,12 @@ class Slide:
         return rgb, (width / out[0], height / out[1])
 
     def _coarsest(self, out: tuple[int, int]) -> tuple[int, int]:
-        best, best_width = (0, 1), self.size_px[0]
-        for level, size in enumerate(self.level_sizes):
-            for scale in self.level_scales[level]:
-                width, height = size[0] / scale, size[1] / scale
-                if width >= out[0] and height >= out[1] and width < best_width:
-                    best, best_width = (level, scale), width
-        return best
+        """Return the coarsest level with at least `out` pixels, then its largest reduction that still has them."""
+        fits = [i for i, (width, height) in enumerate(self.level_sizes) if width >= out[0] and height >= out[1]]
+        level = max(fits, key=lambda i: self.level_downsamples[i], default=0)
+        width, height = self.level_sizes[level]
+        scales = [s for s in self.level_scales[level] if width / s >= out[0] and height / s >= out[1]]
+        return level, max(scales, default=1)
 
     def _read_blocks(self, level: int, scale: int, extent: tuple[float, float], out: tuple[int, int]) -> Pixels:
         """Resize a frame that is too large to hold, block by block, each with the filter's margin."""
