@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -31,9 +32,9 @@ def encoders(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def status(as_json: Json = False) -> None:
     """Say which weights are on this machine."""
-    from eosin.encoders.weights import status as weights_status
+    from eosin.encoders.weights import weights_status
 
-    rows = [dict(row) for row in weights_status()]
+    rows = [asdict(row) for row in weights_status()]
     if as_json:
         print_json(rows)
     elif rows:
@@ -49,11 +50,11 @@ def import_file(
     """Copy a checkpoint into eosin's weights folder and record its sha256."""
     from eosin.encoders.weights import import_weights
 
-    row = dict(import_weights(name, file))
+    row = asdict(import_weights(name, file))
     if as_json:
         print_json(row)
     else:
-        sys.stdout.write(f"{name}: {row.get('path')} sha256 {row.get('sha256')}\n")
+        sys.stdout.write(f"{name}: {row['path']} sha256 {row['sha256']}\n")
 
 
 def _cell(value: object) -> str:

@@ -36,7 +36,10 @@ def demo(
     """Run the whole main job on a public slide and make a page to look at."""
     from eosin.tasks.demo import run_demo
 
-    result = run_demo(out, encoder=encoder, say=lambda line: sys.stderr.write(line + "\n"))
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    result = run_demo(out, encoder=encoder, say=say)
     if as_json:
         print_json(result)
         return

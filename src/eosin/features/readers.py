@@ -11,12 +11,16 @@ still open on it is the one that killed it; the others are given to its successo
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import mmap
+import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import shared_memory
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -93,7 +97,7 @@ def read_tiles(
         read_status int8 (n,): 0 read, 1 unreadable; and the columns ``valid`` and
         `PIXEL_COLUMNS`, float32 (n,).
     """
-    from eosin.tiles.qc import READ_FAILED, PIXEL_COLUMNS, tile_qc
+    from eosin.tiles.qc import PIXEL_COLUMNS, READ_FAILED, tile_qc
 
     slide = state.slide(job)
     count = len(xy)
@@ -116,29 +120,26 @@ def read_tiles(
     return status, table
 
 
-def _reader_main(connection: Connection, memory_name: str, slot_bytes: int, threads: int) -> None:
-    """Run tasks from the connection until it closes."""
+def serve(connection_fd: int, memory_fd: int, size: int, slot_bytes: int, threads: int) -> None:
+    """Run tasks from the connection until it closes; the main function of a reader process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    memory = shared_memory.SharedMemory(name=memory_name)
-    state = ReaderState(np.ndarray(memory.size, dtype=np.uint8, buffer=memory.buf), slot_bytes, threads)
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            break
-        if task is None:
-            break
-        function, args = task
-        try:
-            answer = (True, function(state, *args))
-        except EosinError as error:
-            answer = (False, error)
-        except Exception as error:  # crosses the process boundary and is raised again by `ReaderPool.result`
-            answer = (False, SlideError(f"{type(error).__name__}: {error}"))
-        connection.send(answer)
+    connection: Connection = Connection(connection_fd)
+    sys.path[:] = connection.recv()
+    pixels = np.frombuffer(mmap.mmap(memory_fd, size), dtype=np.uint8)
+    state = ReaderState(pixels, slot_bytes, threads)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is done, or dead
+        while True:
+            function, args = connection.recv()
+            try:
+                answer = (True, function(state, *args))
+            except EosinError as error:
+                answer = (False, error)
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception as error:  # crosses the process boundary; `ReaderPool.result` raises it again
+                answer = (False, SlideError(f"{type(error).__name__}: {error}"))
+            connection.send(answer)
     state.close()
-    del state
-    memory.close()
 
 
 class Ticket:
@@ -161,14 +162,16 @@ class _Process:
     while the other does the same.
     """
 
-    def __init__(self, memory_name: str, slot_bytes: int, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_reader_main, args=(theirs, memory_name, slot_bytes, threads), daemon=True, name="eosin-reader"
-        )
-        self.process.start()
+    def __init__(self, memory_fd: int, size: int, slot_bytes: int, threads: int) -> None:
+        ours, theirs = socket.socketpair()
+        # Not multiprocessing: its children import the user's script again, and need a main guard in it.
+        call = f"serve({theirs.fileno()}, {memory_fd}, {size}, {slot_bytes}, {threads})"
+        command = [sys.executable, "-c", f"from eosin.features.readers import serve; {call}"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(), memory_fd), env=environment)
         theirs.close()
+        self.connection: Connection = Connection(ours.detach())
+        self.connection.send(sys.path)
         self.sent: deque[Ticket] = deque()
         self.waiting: deque[Ticket] = deque()
 
@@ -196,20 +199,17 @@ class ReaderPool:
     """
 
     def __init__(self, *, workers: int, slots: int, slot_bytes: int, threads: int = 1) -> None:
-        self._slot_bytes, self._threads = slot_bytes, threads
+        self._slot_bytes, self._threads, self._size = slot_bytes, threads, slots * slot_bytes
         self.free = deque(range(slots))
-        self._memory: shared_memory.SharedMemory | None = None
-        if workers:
-            self._memory = shared_memory.SharedMemory(create=True, size=slots * slot_bytes)
-            pixels = np.ndarray(self._memory.size, dtype=np.uint8, buffer=self._memory.buf)
-        else:
-            pixels = np.empty(slots * slot_bytes, dtype=np.uint8)
-        self._state = ReaderState(pixels, slot_bytes, threads)
+        self._memory_fd = _shared_memory(self._size) if workers else None
+        # Left to the garbage collector: closing a map that arrays still look into is an error.
+        block = mmap.mmap(self._memory_fd, self._size) if self._memory_fd is not None else bytearray(self._size)
+        self._state = ReaderState(np.frombuffer(block, dtype=np.uint8), slot_bytes, threads)
         self._readers = [self._start() for _ in range(workers + 1)] if workers else []
 
     def _start(self) -> _Process:
-        assert self._memory is not None
-        return _Process(self._memory.name, self._slot_bytes, self._threads)
+        assert self._memory_fd is not None
+        return _Process(self._memory_fd, self._size, self._slot_bytes, self._threads)
 
     def submit(self, what: str, function: Callable[..., Any], *args: Any, planning: bool = False) -> Ticket:
         """Give ``function(state, *args)`` to the least busy reader; `what` names it in an error.
@@ -268,9 +268,8 @@ class ReaderPool:
             reader.send()
 
     def _replace(self, dead: _Process) -> _Process:
-        dead.process.join()
+        code = dead.process.wait()
         dead.connection.close()
-        code = dead.process.exitcode or 0
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if dead.sent:
             culprit = dead.sent.popleft()
@@ -286,14 +285,24 @@ class ReaderPool:
         for reader in self._readers:
             reader.connection.close()
         for reader in self._readers:
-            reader.process.join(timeout=2)
-            if reader.process.is_alive():
+            try:
+                reader.process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
                 reader.process.kill()
-                reader.process.join()
+                reader.process.wait()
         self._readers = []
         self._state.close()
-        del self._state
-        if self._memory is not None:
-            self._memory.close()
-            self._memory.unlink()
-            self._memory = None
+        if self._memory_fd is not None:
+            os.close(self._memory_fd)
+            self._memory_fd = None
+
+
+def _shared_memory(size: int) -> int:
+    """Return the descriptor of `size` bytes that processes can share and nothing outlives."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("eosin-pixels")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor
