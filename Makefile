@@ -30,6 +30,7 @@ lint: $(READY)
 	$(BIN)/typos
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+	$(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) demo site build dist
