@@ -25,8 +25,8 @@ fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(READY)
-	$(BIN)/ruff format --check src tests benchmarks docs
-	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/typos
 	$(BIN)/lint-imports
 	$(BIN)/pyright

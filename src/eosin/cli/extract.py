@@ -109,7 +109,8 @@ def extract(
     jobs = find_jobs(inputs, slide_mpp=slide_mpp, masks=masks)
     names = [name.strip() for name in encoder.split(",")]
     encoders = [
-        load_encoder(name, device=device, precision=precision, backend=backend, pooling=pooling) for name in names
+        load_encoder(name, device=device, precision=precision, backend=backend, pooling=pooling)  # type: ignore[arg-type]
+        for name in names
     ]
     settings = Settings(stain=stain, dtype=dtype, icc=icc)
     with progress_bar() as progress:

@@ -89,9 +89,9 @@ def slide_page(store: FeatureStore, slide_id: str, slide: Slide, *, dense: Featu
 
 def summary_page(store: FeatureStore, table: pd.DataFrame) -> str:
     """Return the page of a cohort: the table of `cohort_summary` with failures first."""
-    failed = table[table["failure"].notna()] if "failure" in table else table[:0]
-    good = table[table["failure"].isna()] if "failure" in table else table
-    columns = [c for c in good.columns if c != "failure" and good[c].notna().any()]
+    has_failed = table["failure"].notna().to_numpy() if "failure" in table else np.zeros(len(table), dtype=np.bool_)
+    failed, good = pd.DataFrame(table.loc[has_failed]), pd.DataFrame(table.loc[~has_failed])
+    columns = [c for c in good.columns if c != "failure" and not bool(good[c].isna().to_numpy().all())]
     page = {
         "title": "eosin: cohort summary",
         "heading": "Cohort summary",
@@ -106,7 +106,7 @@ def summary_page(store: FeatureStore, table: pd.DataFrame) -> str:
         "failures": list(zip(failed["slide_id"], failed["failure"], strict=True)) if len(failed) else [],
         "plot": _cohort_plot(good),
         "columns": columns,
-        "rows": [[_cell(value) for value in row] for row in good[columns].itertuples(index=False)],
+        "rows": [[_cell(value) for value in row] for row in good.loc[:, columns].to_numpy(dtype=object)],
         "footer": f"Made by eosin {eosin.__version__}.",
     }
     return _render("summary.html.j2", page)
@@ -205,7 +205,7 @@ def _plots(features: Features) -> list[dict[str, str]]:
             [values[features.reason == code] for code in present],
             bins=list(bins),
             stacked=True,
-            color=[np.array(REASON_COLORS[REASONS[code]]) / 255 for code in present],
+            color=[f"#{bytes(REASON_COLORS[REASONS[code]]).hex()}" for code in present],
         )
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
