@@ -23,7 +23,7 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["slides", "tiles", "features.store", "encoders.registry", "stain", "features.extract"]
+    "module", ["slides", "tiles", "features.store", "encoders.registry", "stain", "features.extraction"]
 )
 def test_torch_free(module: str) -> None:
     assert "torch" not in modules_after(f"import eosin.{module}")

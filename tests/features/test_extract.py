@@ -16,7 +16,7 @@ from encoders_for_tests import CrashingJob, MeanEncoder, NanEncoder
 
 import slidegen
 from eosin.errors import CohortError, NonFiniteError, NoTissueError, StoreError, StoreMismatchError
-from eosin.features.extract import Settings, run
+from eosin.features.extraction import Settings, run
 from eosin.features.jobs import find_jobs, shard_jobs
 from eosin.features.readers import ReaderPool, ReaderState
 from eosin.features.store import FeatureStore
@@ -328,7 +328,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 from encoders_for_tests import MeanEncoder
-from eosin.features.extract import run
+from eosin.features.extraction import run
 from eosin.tiles import TileSpec
 import time
 class Slow(MeanEncoder):

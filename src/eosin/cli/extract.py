@@ -100,7 +100,7 @@ def extract(
 ) -> None:
     """Embed slides: per slide one HDF5 of features, coordinates and QC, and the tissue outline."""
     from eosin.encoders import load_encoder
-    from eosin.features.extract import Settings, run
+    from eosin.features.extraction import Settings, run
     from eosin.features.jobs import find_jobs
     from eosin.tasks.summary import write_summary
 

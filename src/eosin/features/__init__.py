@@ -6,13 +6,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from eosin.features.convert import convert
-    from eosin.features.extract import extract
+    from eosin.features.extraction import extract
     from eosin.features.store import Features, FeatureStore
 
-_LAZY = {"FeatureStore": "store", "Features": "store", "convert": "convert", "extract": "extract"}
+_LAZY = {"FeatureStore": "store", "Features": "store", "extract": "extraction"}
 
-__all__ = ["FeatureStore", "Features", "convert", "extract"]
+__all__ = ["FeatureStore", "Features", "extract"]
 
 
 def __getattr__(name: str) -> object:

@@ -16,7 +16,7 @@ from typing import Any
 
 from eosin.encoders import load_encoder
 from eosin.errors import SlideError, WeightsUnavailableError
-from eosin.features.extract import TileEncoder, run
+from eosin.features.extraction import TileEncoder, run
 from eosin.features.pipeline import write_durably
 from eosin.features.store import FeatureStore
 from eosin.slides import open_slide

@@ -105,7 +105,7 @@ def extract(
     """
     outcome = run(source, tiles, encoder, out=out, **options)
     if len(outcome.stores) != 1:
-        raise CohortError(f"{len(outcome.stores)} stores were made under {out}; use eosin.features.extract.run")
+        raise CohortError(f"{len(outcome.stores)} stores were made under {out}; use eosin.features.extraction.run")
     return outcome.stores[0]
 
 
