@@ -24,6 +24,8 @@
     ├── NonFiniteError(ArithmeticError)   NaN or infinity where a number must be
     ├── ReaderCrashError(RuntimeError)    a reader process died (codec crash, out of memory)
     ├── CohortError(ValueError)           a cohort table or an input path that does not make sense
+    │   └── LabelError                    a label column missing, of one class, or with too few of one
+    ├── PredictionsError(ValueError)      scores that are NaN, outside 0-1 or of the wrong shape
     ├── ConvertError(ValueError)          a foreign file that is not what it should be
     └── MissingDependencyError(ImportError)   an extra is not installed
 
@@ -134,6 +136,14 @@ class ReaderCrashError(EosinError, RuntimeError):
 
 class CohortError(EosinError, ValueError):
     """A cohort table or an input path does not make sense."""
+
+
+class LabelError(CohortError):
+    """A label column is missing, has one class, or too few of one."""
+
+
+class PredictionsError(EosinError, ValueError):
+    """Scores are NaN, outside 0-1 or of the wrong shape."""
 
 
 class ConvertError(EosinError, ValueError):

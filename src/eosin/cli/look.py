@@ -32,6 +32,7 @@ def doctor(
     mpp: MppList = "0.5",
     tile_px: TilePx = 224,
     slide_mpp: SlideMpp = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", "-e", help="Time this encoder, to tell the hours.")] = None,
     as_json: Json = False,
 ) -> None:
     """Examine slides before a long run: readable, complete, mpp, pyramid, tiles, hours, disk."""
@@ -40,7 +41,12 @@ def doctor(
     from eosin.tiles import TileSpec
 
     spec = TileSpec(tile_px=tile_px, mpp=parse_mpp(mpp)[0])
-    report = examine(find_jobs(inputs, slide_mpp=slide_mpp), spec)
+    loaded = None
+    if encoder is not None:
+        from eosin.encoders import load_encoder
+
+        loaded = load_encoder(encoder)
+    report = examine(find_jobs(inputs, slide_mpp=slide_mpp), spec, encoder=loaded)
     if as_json:
         print_json(report)
     else:

@@ -154,10 +154,7 @@ def run(
     if grid is not None and len(jobs) != 1:
         raise CohortError(f"a grid belongs to one slide, but there are {len(jobs)}; give a TileSpec instead")
     stores = _create_stores(Path(out), encoders, specs, settings)
-    cuda = str(encoders[0].runtime().get("device", "cpu")).startswith("cuda")
-    batch = batch_size if batch_size is not None else (256 if cuda else 16)
-    if batch < 1:
-        raise CohortError(f"batch size {batch} must be at least 1")
+    batch = _batch(batch_size, encoders[0])
     if workers is None:
         workers = 0 if alone else max(1, min(8, (os.cpu_count() or 2) // 2))
     extraction = Extraction(
@@ -175,21 +172,34 @@ def run(
         extraction.run(readers, jobs)
     finally:
         readers.close()
-    outcome = Outcome(
-        stores=tuple(store for row in stores for store in row),
-        done=tuple(extraction.done),
-        skipped=tuple(extraction.skipped),
-        elsewhere=tuple(extraction.elsewhere),
-        failed={slide_id: f"{type(error).__name__}: {error}" for slide_id, error in extraction.errors.items()},
-        tiles=extraction.tiles_all,
-        seconds=time.monotonic() - started,
-    )
+    outcome = _outcome(extraction, seconds=time.monotonic() - started)
     for row in stores:
         for store, one in zip(row, encoders, strict=True):
             _write_run(store, one, outcome, batch=batch, workers=workers, shard=shard)
     if alone and extraction.errors:
         raise next(iter(extraction.errors.values()))
     return outcome
+
+
+def _batch(asked: int | None, encoder: TileEncoder) -> int:
+    """Return how many tiles the encoder sees at once."""
+    if asked is None:
+        return 256 if str(encoder.runtime().get("device", "cpu")).startswith("cuda") else 16
+    if asked < 1:
+        raise CohortError(f"batch size {asked} must be at least 1")
+    return asked
+
+
+def _outcome(extraction: Extraction, *, seconds: float) -> Outcome:
+    return Outcome(
+        stores=tuple(store for row in extraction.stores for store in row),
+        done=tuple(extraction.done),
+        skipped=tuple(extraction.skipped),
+        elsewhere=tuple(extraction.elsewhere),
+        failed={slide_id: f"{type(error).__name__}: {error}" for slide_id, error in extraction.errors.items()},
+        tiles=extraction.tiles_all,
+        seconds=seconds,
+    )
 
 
 def _load_encoders(encoder: str | TileEncoder | Sequence[str | TileEncoder]) -> list[TileEncoder]:

@@ -32,7 +32,7 @@ class StainFit:
         method: which normaliser made it.
         matrix: (2, 3) or (B, 2, 3) float64, unit rows, hematoxylin then eosin.
         concentrations: (2,) or (B, 2) float64, 99th percentiles in natural OD.
-        ok: bool () or (B,); where False the numbers are placeholders and images stay unchanged.
+        ok: bool () or (B,); where False the numbers mean nothing and images stay unchanged.
         light: grey value plus one that counts as OD 0.
     """
 
