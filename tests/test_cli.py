@@ -119,3 +119,10 @@ def test_parsing() -> None:
     assert parse_shard("2/8") == (2, 8)
     assert eosin("extract", ".", "--out", "x", "--encoder", "texture", "--mpp", "fast").exit_code == 2
     assert eosin("extract", ".", "--out", "x", "--encoder", "texture", "--shard", "2of8").exit_code == 2
+
+
+def test_doctor_tells_the_hours_of_an_encoder(slides: Path) -> None:
+    assert json.loads(eosin("doctor", slides / "good.svs", "--json").stdout)["hours"] is None
+    timed = json.loads(eosin("doctor", slides / "good.svs", "--encoder", "texture", "--json").stdout)
+    assert timed["hours"] > 0
+    assert "h of texture" in timed["summary"]

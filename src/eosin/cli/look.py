@@ -32,7 +32,7 @@ def doctor(
     mpp: MppList = "0.5",
     tile_px: TilePx = 224,
     slide_mpp: SlideMpp = None,
-    encoder: Annotated[str | None, typer.Option("--encoder", "-e", help="Time this encoder, to tell the hours.")] = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", "-e", help="Time it, to tell the hours.")] = None,
     as_json: Json = False,
 ) -> None:
     """Examine slides before a long run: readable, complete, mpp, pyramid, tiles, hours, disk."""
