@@ -181,7 +181,9 @@ def _sides(n: int, y: Array, groups: Array, test: Array) -> tuple[Indices, Indic
         raise CohortError(f"{len(train)} training and {len(test)} test rows; both sides need some")
     shared = np.intersect1d(groups[train], groups[test])
     if len(shared):
-        raise CohortError(f"{len(shared)} groups lie in training and test, first {shared[0]!r}; split by group")
+        raise CohortError(
+            f"{len(shared)} groups lie in training and test, first {shared.tolist()[0]!r}; split by group"
+        )
     classes, _ = encode_labels(y[train])
     encode_test_labels(y[test], classes)
     return train, test

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy.linalg import eigh
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 
 from eosin.heads.labels import fit_arrays, predict_array
 
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 
-class RidgePca(RegressorMixin, BaseEstimator):
+class RidgePca(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Ridge on the principal components of standardised features (HEST-Benchmark, Jaume et al. 2024).
 
     One eigendecomposition serves all targets: component scores are orthogonal, so the ridge solution per component
