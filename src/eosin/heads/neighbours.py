@@ -92,9 +92,11 @@ class _Space:
     def _shifted(self, rows: Array) -> npt.NDArray[np.float32]:
         return ((rows - self.centre) / np.float32(self.scale)).astype(np.float32, copy=False)
 
-    def scores(self, vectors: npt.NDArray[np.float32], rows: Array, start: int) -> npt.NDArray[np.float32]:
-        """Return (q, block) float32 scores of base rows that begin at `start`; larger is nearer."""
-        found = vectors @ self.base_vectors(rows, start).T
+    def scores(
+        self, vectors: npt.NDArray[np.float32], rows: Array, start: int, out: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """Return (q, rows) float32 scores of base rows that begin at `start`, in `out`; larger is nearer."""
+        found = np.matmul(vectors, self.base_vectors(rows, start).T, out=out[:, : len(rows)])
         if self.metric == "euclidean":
             found -= self.half[start : start + len(rows)]
         return found
@@ -136,8 +138,9 @@ def _screen(
     """Return the `keep`-th best score (q,) and the rows (q, keep) of the best scores."""
     score = np.full((len(vectors), keep), -np.inf, np.float32)
     index = np.full((len(vectors), keep), len(base), np.int64)
+    out = np.empty((len(vectors), min(block, len(base))), np.float32)
     for start in range(0, len(base), block):
-        found = space.scores(vectors, base[start : start + block], start)
+        found = space.scores(vectors, base[start : start + block], start, out)
         above = found > score[:, -1:]
         if np.count_nonzero(above) > 4 * score.size:  # crowded, as the first block is: cut each row down first
             column = _largest(found, min(keep, found.shape[1]))
@@ -190,8 +193,9 @@ def _settle(
     """Return exact neighbours of queries by measuring every base row whose score reaches `floor` (q,)."""
     distance = np.full((len(queries), k), np.inf)
     index = np.full((len(queries), k), len(base), np.int64)
+    out = np.empty((len(vectors), min(block, len(base))), np.float32)
     for start in range(0, len(base), block):
-        found = space.scores(vectors, base[start : start + block], start)
+        found = space.scores(vectors, base[start : start + block], start, out)
         for query in np.flatnonzero((found >= floor[:, None]).any(axis=1)):
             hits = np.flatnonzero(found[query] >= floor[query]) + start
             measured = _distances(queries[query : query + 1], base, hits[None], space.metric)[0]
