@@ -39,8 +39,8 @@ def clustered(rows: int, dim: int, seed: int) -> Vectors:
     centres = np.random.default_rng(0).standard_normal((CLUSTERS, dim), dtype=np.float32)
     rng = np.random.default_rng([1, seed])
     out = np.empty((rows, dim), np.float32)
-    for start in range(0, rows, 50_000):
-        part = out[start : start + 50_000]
+    for start in range(0, rows, 5_000):
+        part = out[start : start + 5_000]
         rng.standard_normal(dtype=np.float32, out=part)
         part *= SPREAD
         part += centres[rng.integers(CLUSTERS, size=len(part))]
@@ -161,6 +161,7 @@ def main() -> None:
     result["products_only"] = rate([products], given.share)
     result["share"] = compare(base, queries[: given.share], given.k, given.repeats)
     result["memory_mb"]["added_peak_with_scikit_learn"] = round(peak_mb() - before)
+    result["machine"]["load_after"] = os.getloadavg()[0]
     print(json.dumps(result, indent=1))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
