@@ -175,6 +175,26 @@ def test_a_perfect_model_has_no_spread(method: str) -> None:
     assert (interval.low, interval.point, interval.high) == (1, 1, 1)
 
 
+def test_few_clusters_are_flagged() -> None:
+    y = (np.arange(90) < 6).astype(int)
+    p = 0.2 + 0.5 * y + np.linspace(0, 0.2, 90)
+    metric = METRICS["sensitivity"](y, p, 0.5)
+    assert bootstrap(metric, np.arange(90) // 3, y=y, resamples=50).note == "only 2 clusters whose highest class is 1"
+    assert "only 9 clusters: " in bootstrap(metric, np.arange(90) // 10, resamples=50).note
+    assert bootstrap(METRICS["brier"](y, p, 0.5), np.arange(90), resamples=50).note == ""
+
+
+def test_bca_says_when_it_cannot() -> None:
+    """A number that every resample makes smaller, as repeated rows do for a maximum: no correction is finite."""
+
+    def never_above(weights: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        return -(weights - 1).astype(np.float64).var(axis=1)
+
+    interval = bootstrap(never_above, np.arange(200), resamples=100, method="bca")
+    assert interval.to_dict()["low"] is None
+    assert "one side" in interval.note
+
+
 def test_paired_difference_uses_the_same_resamples() -> None:
     y, p, cluster = study(9)
     a, b = METRICS["auroc"](y, p, 0.5), METRICS["auroc"](y, p**3, 0.5)

@@ -31,6 +31,7 @@ Codes = npt.NDArray[np.int64]
 CHUNK_CELLS = 200_000
 JACKKNIFE_GROUPS = 1000
 FEW_CLUSTERS = 20
+FEW_IN_STRATUM = 10
 MANY_DEGENERATE = 0.05
 
 
@@ -255,11 +256,11 @@ class _Study:
         if acceleration is not None and usable.size:
             tails = _bca_tails(usable, point, acceleration, tails)
         low, high = np.quantile(usable, tails) if usable.size and np.isfinite(tails).all() else (np.nan, np.nan)
-        notes = []
-        if len(self.stratum) < FEW_CLUSTERS:
-            notes.append(f"only {len(self.stratum)} clusters: the interval is probably too narrow")
+        notes = _cluster_notes(self.stratum)
         if drawn.size - usable.size > MANY_DEGENERATE * drawn.size:
             notes.append(f"{drawn.size - usable.size} of {drawn.size} resamples were degenerate and left out")
+        if not np.isfinite(tails).all():
+            notes.append("no BCa interval, all resamples lie on one side of the point: use percentile")
         return Interval(
             point=point,
             low=float(low),
@@ -292,6 +293,21 @@ def _clusters(cluster: npt.ArrayLike, y: npt.ArrayLike | None) -> tuple[Codes, C
         check_same_rows("cluster", len(codes), len(labels))
         np.maximum.at(stratum, codes, labels)
     return codes, stratum
+
+
+def _cluster_notes(stratum: Codes) -> list[str]:
+    """Return what a reader must know about how few clusters there are."""
+    notes = []
+    if len(stratum) < FEW_CLUSTERS:
+        notes.append(f"only {len(stratum)} clusters: the interval is probably too narrow")
+    values, sizes = np.unique(stratum, return_counts=True)
+    if len(values) > 1:
+        notes += [
+            f"only {size} clusters whose highest class is {value}"
+            for value, size in zip(values, sizes, strict=True)
+            if size < FEW_IN_STRATUM
+        ]
+    return notes
 
 
 def _over_clusters(metric: Metric, codes: Codes, clusters: int) -> Metric:
