@@ -36,7 +36,7 @@ Map = Callable[..., Iterator[Any]]
 
 PASS_CELLS, GRAM_CELLS = 2**20, 2**22  # features handled at once: 8 MB of float64, 16 MB of float32
 SMALL_CELLS = 2**22  # below it: one thread, curvature in float64
-ROUND, ROUNDS = 30, 40  # L-BFGS iterations before the curvature is renewed; times that it may be
+ROUND, ROUNDS = 20, 60  # L-BFGS iterations before the curvature is renewed; times that it may be
 STALE = 4  # curvature that has shrunk by more than this must be renewed before its error estimate counts
 TOLERANCE = 1e-6  # error left in coefficients of standardised features, relative to the largest (or 1)
 WORST = 30  # times the tolerance that will do where float64 cannot tell the losses apart
