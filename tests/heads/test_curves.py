@@ -13,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from eosin.errors import CohortError, LabelError
 from eosin.heads.curves import group_order, label_efficiency, probability_scores, records
+from eosin.heads.knn import KnnHead
 from eosin.heads.labels import f1_per_class
 from eosin.heads.prototypes import PrototypeHead
 
@@ -127,6 +128,17 @@ def test_group_order_is_a_permutation_whose_lead_holds_every_class(pairs, seed):
     assert sorted(order) == list(range(units.max() + 1))
     assert set(classes[np.isin(units, order[:lead])]) == set(classes)
     assert lead <= len(set(classes))
+
+
+def test_two_patients_a_class_let_a_head_validate_its_settings():
+    x, y, groups, test = cohort(seed=7)
+    given = {"test": test, "fractions": (0.01, 1.0), "seeds": (0, 1)}
+    with pytest.raises(LabelError, match="one group only"):
+        label_efficiency(lambda seed: KnnHead(k_grid=(1, 3)), x, y, groups, **given)
+    curve = label_efficiency(lambda seed: KnnHead(k_grid=(1, 3)), x, y, groups, per_class=2, **given)
+    assert curve.table["groups"].tolist() == [4, 4, 60, 60]
+    with pytest.raises(LabelError, match=r"fewer than per_class \(31\)"):
+        label_efficiency(lambda seed: PrototypeHead(), x, y, groups, per_class=31, **given)
 
 
 def test_group_order_keeps_classes_in_proportion():

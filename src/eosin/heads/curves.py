@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
-from eosin.errors import CohortError
+from eosin.errors import CohortError, LabelError
 from eosin.heads.labels import encode_labels, encode_test_labels, f1_per_class
 
 Array = npt.NDArray[Any]
@@ -69,6 +69,7 @@ def label_efficiency(
     test: Array,
     fractions: Sequence[float] = FRACTIONS,
     seeds: Sequence[int] = range(5),
+    per_class: int = 1,
 ) -> LabelEfficiency:
     """Return test scores of heads trained on growing shares of the patients.
 
@@ -84,10 +85,12 @@ def label_efficiency(
         test: (m,) rows held out; no group may lie on both sides.
         fractions: shares of the training groups, above 0 and at most 1.
         seeds: one order of the groups each.
+        per_class: groups of every class that even the smallest fraction holds; a head that chooses its settings on
+            validation folds needs 2.
 
     Raises:
         CohortError: shapes, an empty side, or a group on both sides.
-        LabelError: fewer than two classes, or a class found only in the test rows.
+        LabelError: fewer than two classes, a class found only in the test rows, or in fewer groups than `per_class`.
         ValueError: fractions or seeds that make no curve.
     """
     if not fractions or min(fractions) <= 0 or max(fractions) > 1 or not seeds:
@@ -96,7 +99,7 @@ def label_efficiency(
     unit_names, units = np.unique(groups[train], return_inverse=True)
     rows: list[dict[str, Any]] = []
     for seed in seeds:
-        order, cover = group_order(y[train], units, seed=seed)
+        order, cover = group_order(y[train], units, seed=seed, per_class=per_class)
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         for fraction in sorted(set(fractions)):
@@ -130,22 +133,29 @@ def probability_scores(y: Array, probability: Array, classes: Array) -> dict[str
     return {"balanced_accuracy": float(np.mean(recalls)), "macro_f1": float(f1), "auroc": auroc}
 
 
-def group_order(y: Array, units: Array, *, seed: int) -> tuple[Indices, int]:
+def group_order(y: Array, units: Array, *, seed: int, per_class: int = 1) -> tuple[Indices, int]:
     """Return an order of the groups with classes in proportion, and how many lead groups hold every class.
 
     A group counts for its rarest class (by groups that hold it). Groups of a class are shuffled and spread evenly over
-    the order; then, for each class still without one, its first group moves to the front.
+    the order; then, for each class that `per_class` lead groups do not hold yet, its first groups move to the front.
 
     Args:
         y: (n,) classes.
         units: (n,) group numbers 0 to G - 1.
         seed: of the shuffle.
+        per_class: lead groups that hold each class.
+
+    Raises:
+        LabelError: a class lies in fewer groups than `per_class`.
     """
     rng = np.random.default_rng(seed)
     classes, codes = np.unique(y, return_inverse=True)
     holds = np.zeros((int(units.max()) + 1, len(classes)), bool)
     holds[units, codes] = True
     support = holds.sum(axis=0)
+    if support.min() < per_class:
+        scarce = classes[support.argmin()].item()
+        raise LabelError(f"class {scarce!r} lies in {support.min()} groups, fewer than per_class ({per_class})")
     stratum = np.where(holds, support, support.max() + 1).argmin(axis=1)
     place = np.empty(len(holds))
     for code in np.unique(stratum):
@@ -154,8 +164,8 @@ def group_order(y: Array, units: Array, *, seed: int) -> tuple[Indices, int]:
     order = np.argsort(place, kind="stable")
     lead: list[int] = []
     for code in np.argsort(support, kind="stable"):
-        if not holds[lead, code].any():
-            lead.append(int(order[holds[order, code]][0]))
+        free = order[holds[order, code] & ~np.isin(order, lead)]
+        lead += free[: max(0, per_class - int(holds[lead, code].sum()))].tolist()
     rest = order[~np.isin(order, lead)]
     return np.concatenate([np.array(lead, np.int64), rest]), len(lead)
 
