@@ -153,7 +153,7 @@ def forest_plot(rows: Sequence[Row], pooled: Row, name: str) -> str:
     Flagged rows are hollow and grey. A row with a true ``heading`` is only a line of text.
     """
     with mpl.rc_context(STYLE):
-        figure, axes = _axes(5.6, 0.75 + 0.235 * (len(rows) + 1))
+        figure, axes = _axes(8.2, 0.75 + 0.235 * (len(rows) + 1))
         low, high, point = pooled["low"], pooled["high"], pooled["point"]
         if low is not None and high is not None:
             axes.axvspan(low, high, color=ACCENT, alpha=0.10, lw=0)
@@ -171,8 +171,7 @@ def forest_plot(rows: Sequence[Row], pooled: Row, name: str) -> str:
         for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
             tick.set_color(SOFT if not row.get("heading") and row["flag"] else INK)
             tick.set_fontweight("bold" if row.get("heading") else "normal")
-        axes.set(xlabel=f"{name} (dotted: pooled, shaded: its interval; hollow: too few cases to judge)")
-        axes.xaxis.label.set_fontsize(8)
+        axes.set(xlabel=name)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -220,7 +219,7 @@ def risk_plot(rows: Sequence[Row]) -> str:
 def temporal_plot(rows: Sequence[Row], name: str, reference: float | None) -> str:
     """Draw a metric per time window with intervals (label, point, low, high, n, flag)."""
     with mpl.rc_context(STYLE):
-        figure, axes = _axes(6.4, 2.9)
+        figure, axes = _axes(8.4, 3.0)
         at = np.arange(len(rows))
         point, low, high = (_column(rows, column) for column in ("point", "low", "high"))
         if reference is not None:
@@ -258,7 +257,7 @@ def histogram_plot(histogram: Row, threshold: float, positive: str) -> str:
 def site_scores_plot(rows: Sequence[Row]) -> str:
     """Draw the score's deciles (9,) at each site: the median, bars over 20-80 % and 10-90 %."""
     with mpl.rc_context(STYLE):
-        figure, axes = _axes(5.6, 0.7 + 0.26 * len(rows))
+        figure, axes = _axes(7.6, 0.7 + 0.26 * len(rows))
         for at, row in enumerate(rows):
             d = row["deciles"]
             color = SITES[at % len(SITES)]

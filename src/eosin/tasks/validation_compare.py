@@ -140,19 +140,21 @@ def comparison(rows: Rows, tune: Rows | None, threshold: float, s: ValidationSet
         if other != threshold
         else f"both at threshold {threshold:.3f}"
     )
-    words = f"{s.score} against {s.reference} on the same {len(rows)} rows, {where}. Brier score: lower is better."
+    compared = f"{s.score} against {s.reference} on the same {len(rows)} rows, {where}. Brier score: lower is better."
     verdict = None
     if s.margin is not None:
         test = non_inferiority(differences["auroc"], margin=s.margin, alpha=(1 - s.level) / 2)
         said = "Non-inferiority is shown" if test.established else "Non-inferiority is not shown"
-        verdict = test.to_dict() | {
-            "words": f"{said}: the AUROC difference has the lower bound {test.low:.3f}, to be above -{s.margin:g} "
-            f"(one-sided p {test.p:.4f}). The margin must have been set before looking."
-        }
+        p = "p below 0.0001" if test.p < 1e-4 else f"p {test.p:.4f}"
+        words = (
+            f"{said}: the AUROC difference has the lower bound {test.low:.3f}, to be above -{s.margin:g} (one-sided {p}). "
+            "The margin must have been set before looking."
+        )
+        verdict = test.to_dict() | {"words": words}
     return plain(
         {
             "metrics": metrics,
-            "words": words,
+            "words": compared,
             "thresholds": {"model": threshold, "reference": other},
             "delong": delong(rows.y, rows.p, rows.reference, level=s.level),
             "mcnemar": mcnemar(rows.y, rows.p >= threshold, rows.reference >= other),

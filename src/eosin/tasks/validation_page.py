@@ -31,6 +31,7 @@ NAMES = {
 }
 PER_SITE = ("auroc", "ba", "sensitivity", "specificity")
 MAX_FOREST = 40
+MAX_TOLD = 8
 
 
 def validation_page(report: Report, pictures: Mapping[int, str] | None = None) -> str:
@@ -58,7 +59,7 @@ def validation_page(report: Report, pictures: Mapping[int, str] | None = None) -
     sections = [{"title": title, "blocks": blocks} for title, build in builders if (blocks := build(r))]
     if report.not_done:
         rows = [_cells(name.replace("_", " "), why) for name, why in report.not_done.items()]
-        sections.append({"title": "Not done", "blocks": [_table(["part", "why"], rows)]})
+        sections.append({"title": "Not done", "blocks": [_table(["part", "why"], rows, words=True)]})
     sections.append({"title": "Methods", "blocks": [{"kind": "text", "text": text} for text in r["methods"]]})
     sections.append({"title": "Record", "blocks": [_record(report)]})
     data = r["data"]
@@ -108,8 +109,9 @@ def _cells(*cells: Any, flagged: bool = False) -> Block:
     return {"cells": ["" if cell is None else str(cell) for cell in cells], "flagged": flagged}
 
 
-def _table(columns: Sequence[str], rows: Sequence[Block], caption: str = "") -> Block:
-    return {"kind": "table", "columns": list(columns), "rows": list(rows), "caption": caption}
+def _table(columns: Sequence[str], rows: Sequence[Block], caption: str = "", *, words: bool = False) -> Block:
+    """Return a table; `words` lets long cells wrap."""
+    return {"kind": "table", "columns": list(columns), "rows": list(rows), "caption": caption, "words": words}
 
 
 def _text(text: str) -> Block:
@@ -126,19 +128,26 @@ def _figures(*figures: tuple[str, str] | tuple[str, str, bool]) -> Block:
     }
 
 
+def _side(*blocks: Block) -> Block:
+    return {"kind": "side", "blocks": list(blocks)}
+
+
 def _headline(r: Row) -> list[Row]:
     pooled, point, data = r["discrimination"]["pooled"], r["operating_point"], r["data"]
-    at = f"at threshold {point['threshold']:.3f}, {point['words']}"
-    counts = r["discrimination"]["confusion"]
+    counts, calibration = r["discrimination"]["confusion"], r["calibration"]
+    floor = f"{calibration['pooled']['ece_floor']:.3f} is expected of perfect scores at this n"
     cards = [
         _card("AUROC", pooled["auroc"], f"{data['rows_scored']} rows, {_clusters(data)}"),
-        _card("Balanced accuracy", pooled["ba"], at),
-        _card("Sensitivity", pooled["sensitivity"], f"{counts['tp']} of {counts['tp'] + counts['fn']} positives {at}"),
-        _card("Specificity", pooled["specificity"], f"{counts['tn']} of {counts['tn'] + counts['fp']} negatives {at}"),
+        _card("Balanced accuracy", pooled["ba"], f"at threshold {point['threshold']:.3f}, {point['words']}"),
+        _card("Sensitivity", pooled["sensitivity"], f"{counts['tp']} of {counts['tp'] + counts['fn']} positives"),
+        _card("Specificity", pooled["specificity"], f"{counts['tn']} of {counts['tn'] + counts['fp']} negatives"),
+        _card("Calibration error", calibration["pooled"]["ece"], f"ECE, {calibration['bins']} bins; {floor}"),
     ]
-    calibration = r["calibration"]
-    floor = f"{calibration['pooled']['ece_floor']:.3f} is expected of perfect scores at this n"
-    cards.append(_card("Calibration error", calibration["pooled"]["ece"], f"ECE, {calibration['bins']} bins; {floor}"))
+    judged = [site for site in calibration["by_site"] if not site["flag"]]
+    if judged:
+        worst = max(judged, key=lambda site: site["ece"]["point"])
+        what = f"{worst['level']}, n {worst['n']}; {worst['ece_floor']:.3f} is expected of perfect scores"
+        cards.append(_card("Worst site's calibration", worst["ece"], what))
     return cards
 
 
@@ -156,14 +165,14 @@ def _headline_note(r: Row) -> str:
             "give --site."
         )
     told = "; ".join(
-        f"{row['level']} {number(row['ece']['point'])} (slope {number(row['slope']['point'], 2)}, n {row['n']})"
-        for row in sites[:8]
-        if row["ece"]
+        f"{site['level']} (n {site['n']}) too few cases"
+        if site["flag"]
+        else f"{site['level']} {number(site['ece']['point'])}, slope {number(site['slope']['point'], 2)} (n "
+        f"{site['n']})"
+        for site in sites[:MAX_TOLD]
     )
-    few = sum(row["ece"] is None for row in sites)
-    more = f"; and {len(sites) - 8} more below" if len(sites) > 8 else ""
-    small = f"; {few} too small to judge" if few else ""
-    return f"Calibration error by site: {told}{more}{small}."
+    more = f"; {len(sites) - MAX_TOLD} more below" if len(sites) > MAX_TOLD else ""
+    return f"Calibration error by site: {told}{more}."
 
 
 def _data(r: Row) -> list[Block]:
@@ -188,7 +197,7 @@ def _data(r: Row) -> list[Block]:
             for s in data["by_site"]
         ]
         blocks.append(_table(["site", "rows", "patients", "positive", "prevalence"], sites))
-    return blocks
+    return [_side(*blocks)]
 
 
 def _operating_point(r: Row) -> list[Block]:
@@ -203,35 +212,42 @@ def _operating_point(r: Row) -> list[Block]:
 def _discrimination(r: Row) -> list[Block]:
     found, point, positive = r["discrimination"], r["operating_point"], r["data"]["positive_label"]
     pooled = found["pooled"]
-    rows = [
-        _cells(NAMES[name], with_interval(one), one["degenerate"] or "", one["note"]) for name, one in pooled.items()
-    ]
-    auroc = f"all rows, AUROC {number(pooled['auroc']['point'])}"
+    rows = [_cells(NAMES[name], with_interval(one), _left_out(one)) for name, one in pooled.items()]
+    at = {name: pooled[name]["point"] for name in ("sensitivity", "specificity")}
+    curves = [{"name": "all rows", **found["roc"]}, *found["roc_by_site"]]
+    confusion = plots.confusion_plot(found["confusion"], positive)
     return [
-        _table(["metric", "estimate (interval)", "resamples left out", ""], rows),
+        _side(
+            _table(["metric", "estimate (interval)", ""], rows),
+            _figures((confusion, f"Calls at threshold {point['threshold']:.3f}.")),
+        ),
         _figures(
             (
-                plots.roc_plot(
-                    [{"name": "all rows", **found["roc"]}, *found["roc_by_site"]],
-                    {name: pooled[name]["point"] for name in ("sensitivity", "specificity")},
-                    auroc,
-                ),
+                plots.roc_plot(curves, at, f"all rows, AUROC {number(pooled['auroc']['point'])}"),
                 "ROC curve. Thin lines: single sites with enough cases.",
             ),
             (
                 plots.pr_plot(
                     found["pr"], r["data"]["prevalence"], f"average precision {number(pooled['auprc']['point'])}"
                 ),
-                "Precision and recall. A score that says nothing lies on the prevalence; so this curve cannot be "
-                "compared between cohorts of other prevalence.",
+                "Precision and recall. A score that says nothing lies on the prevalence, so the curve cannot be "
+                "compared "
+                "between cohorts of other prevalence.",
             ),
-            (plots.confusion_plot(found["confusion"], positive), f"Calls at threshold {point['threshold']:.3f}."),
             (
                 plots.histogram_plot(found["histogram"], point["threshold"], positive),
                 "Scores of both classes, each scaled to its own total.",
             ),
         ),
     ]
+
+
+def _left_out(interval: Row) -> str:
+    """Return what must be said beside an interval."""
+    degenerate = (
+        f"{interval['degenerate']} of {interval['resamples']} resamples left out" if interval["degenerate"] else ""
+    )
+    return interval["note"] or degenerate
 
 
 def _calibration(r: Row) -> list[Block]:
@@ -323,7 +339,7 @@ def _usefulness(r: Row) -> list[Block]:
         if useful
         else "At no threshold does the interval of the gain over the better of the two lie above zero."
     )
-    return [_text(text), _figures((plots.decision_plot(rows, threshold), said))]
+    return [_side(_figures((plots.decision_plot(rows, threshold), said)), _text(text))]
 
 
 def _subgroups(r: Row) -> list[Block]:
@@ -340,7 +356,7 @@ def _subgroups(r: Row) -> list[Block]:
         ]
     if len(forest) > MAX_FOREST:
         blocks.append(_text(f"The first {MAX_FOREST} of {len(forest)} lines are drawn; the tables hold all."))
-    caption = "AUROC of every level with its interval."
+    caption = "AUROC of every level. Dotted: all rows; shaded: their interval; hollow: too few cases to judge."
     blocks.append(_figures((plots.forest_plot(forest[:MAX_FOREST], pooled["auroc"], "AUROC"), caption, True)))
     for name, group in groups:
         rows = [
@@ -394,13 +410,11 @@ def _selective(r: Row) -> list[Block]:
             _table(["site", "n", "sets that hold the truth", "mean size", "one class", "empty", ""], rows),
         ]
     s = r["selective"]
-    blocks += [
-        _text(
-            f"If the least sure rows are declined: area under the risk-coverage curve {with_interval(s['aurc'])}, "
-            f"{number(s['excess'])} above the best possible order."
-        ),
-        _figures((plots.risk_plot(s["table"]), "Error rate of the rows that are kept.")),
-    ]
+    words = (
+        f"If the least sure rows are declined: area under the risk-coverage curve {with_interval(s['aurc'])}, "
+        f"{number(s['excess'])} above the best possible order."
+    )
+    blocks.append(_side(_figures((plots.risk_plot(s["table"]), "Error rate of the rows that are kept.")), _text(words)))
     return blocks
 
 
@@ -561,7 +575,7 @@ def _wrong(r: Row, pictures: Mapping[int, str]) -> list[Block]:
             "row": row["row"],
             "uri": pictures.get(row["row"], ""),
             "lines": [
-                f"row {row['row']}, score {row['score']:.3f}",
+                f"row {row['row']}, score {row['score']:.4f}",
                 f"true: {row['label']}",
                 *([f"patient {row['cluster']}"] if r["data"]["cluster_column"] else []),
                 *([f"site {row['site']}"] if row["site"] is not None else []),
@@ -586,4 +600,4 @@ def _record(report: Report) -> Block:
         _cells("settings", ", ".join(f"{name} {value}" for name, value in settings.items())),
         _cells("seed", p["seed"]),
     ]
-    return _table(["", ""], rows)
+    return _table(["", ""], rows, words=True)

@@ -19,7 +19,7 @@ from eosin.evaluation.calibration import (
     mce,
     reliability,
 )
-from eosin.evaluation.conformal import coverage_table, split_conformal
+from eosin.evaluation.conformal import ALL_SITES, coverage_table, split_conformal
 from eosin.evaluation.heterogeneity import interaction_test
 from eosin.evaluation.metrics import confusion, log_loss, make_metrics, threshold_spread
 from eosin.evaluation.report import Remark, plain
@@ -228,7 +228,8 @@ def conformal(rows: Rows, tune: Rows, s: ValidationSettings) -> Values:
     table = coverage_table(
         rows.y, sets.sets, site=rows.site, cluster=rows.cluster, resamples=s.resamples, level=s.level, seed=s.seed
     )
-    return plain({**sets.to_dict(), "by_site": by_site, "coverage": table})
+    ordered = table.sort_values("site", key=lambda site: site.where(site != ALL_SITES, ""), kind="stable")
+    return plain({**sets.to_dict(), "by_site": by_site, "coverage": ordered})
 
 
 def levels_section(rows: Rows, threshold: float, s: ValidationSettings) -> Values | None:
