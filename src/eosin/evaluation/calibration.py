@@ -35,6 +35,7 @@ Scheme = Literal["width", "mass"]
 
 BINS = 15
 CLIP = 1e-6
+LEAST = 1e-12
 INVERSE_TEMPERATURES = (1e-3, 1e3)
 
 
@@ -140,9 +141,9 @@ class TemperatureScaling:
     def apply(self, p: npt.ArrayLike) -> Floats:
         """Return the scaled probabilities, in the shape of `p`."""
         scores = np.asarray(p, dtype=np.float64)
-        if scores.ndim == 1:
-            return scipy.special.expit(_logit(scores) / self.temperature)
-        return scipy.special.softmax(np.log(np.clip(scores, CLIP, None)) / self.temperature, axis=1)
+        columns = np.column_stack([1 - scores, scores]) if scores.ndim == 1 else scores
+        scaled = scipy.special.softmax(_log(columns) / self.temperature, axis=1)
+        return scaled[:, 1] if scores.ndim == 1 else scaled
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -428,14 +429,18 @@ def _logit(p: Floats) -> Floats:
     return scipy.special.logit(np.clip(p, CLIP, 1 - CLIP))
 
 
+def _log(p: Floats) -> Floats:
+    """Return log(p), probabilities below 1e-12 taken for that."""
+    return np.log(np.maximum(p, LEAST))
+
+
 def _log_probabilities(y: npt.ArrayLike, p: npt.ArrayLike) -> tuple[Floats, Ints]:
     """Return logits (n, C) up to a constant per row, and labels (n,)."""
     if np.ndim(p) == 1:
         labels, score = check_binary(y, p)
-        half = _logit(score) / 2
-        return np.column_stack([-half, half]), labels.astype(np.int64)
+        return _log(np.column_stack([1 - score, score])), labels.astype(np.int64)
     labels, scores = check_multiclass(y, p)
-    return np.log(np.clip(scores, CLIP, None)), labels.astype(np.int64)
+    return _log(scores), labels
 
 
 def _confidence(y: npt.ArrayLike, p: npt.ArrayLike) -> tuple[Floats, Floats]:

@@ -115,14 +115,17 @@ def psi(reference: npt.ArrayLike, current: npt.ArrayLike, *, bins: int = 10, eps
         epsilon: floor of a bin's share, so that an empty bin gives a large number and not infinity.
 
     Raises:
-        PredictionsError: an array that is empty or not one-dimensional, or fewer than 2 bins.
+        PredictionsError: an array that is empty or not one-dimensional, fewer than 2 bins, a constant reference.
         NonFiniteError: NaN or infinity.
     """
     before, after = _vector(reference, "reference"), _vector(current, "current")
     if bins < 2:
         raise PredictionsError(f"psi needs at least 2 bins, got {bins}")
-    edges = np.unique(np.quantile(before, np.linspace(0, 1, bins + 1)[1:-1]))
+    edges = np.unique(np.quantile(before, np.linspace(0, 1, bins + 1)[1:-1], method="inverted_cdf"))
+    edges = edges[edges < before.max()]
     count = len(edges) + 1
+    if count < 2:
+        raise PredictionsError(f"nearly all values of the reference are {before.max():g}: there are no bins to compare")
     p = np.bincount(np.searchsorted(edges, before), minlength=count) / len(before)
     q = np.bincount(np.searchsorted(edges, after), minlength=count) / len(after)
     p, q = np.maximum(p, epsilon), np.maximum(q, epsilon)
