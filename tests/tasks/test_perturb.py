@@ -156,7 +156,7 @@ def test_curve_of_everything_has_a_row_each(tiles: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda t: perturb(t, "blurr", "1um", mpp=1), PredictionsError, "closest: blur"),
+        (lambda t: perturb(t, "blr", "1um", mpp=1), PredictionsError, "closest: blur"),
         (lambda t: perturb(t, "blur", "9um", mpp=1), PredictionsError, "it has 0.25um, 0.5um"),
         (lambda t: perturb(t.astype(float), "blur", "1um", mpp=1), GeometryError, "float64"),
         (lambda t: perturb(t[0], "blur", "1um", mpp=1), GeometryError, "needed uint8"),
