@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Map = Callable[..., Iterator[Any]]
 
-PASS_CELLS, GRAM_CELLS = 2**20, 2**22  # features handled at once: 8 MB of float64, 16 MB of float32
+PASS_CELLS, GRAM_CELLS = 2**20, 2**21  # features handled at once: 8 MB of float64, 8 MB of float32
 SMALL_CELLS = 2**22  # below it: one thread, curvature in float64
 ROUND, ROUNDS = 20, 60  # L-BFGS iterations before the curvature is renewed; times that it may be
 STALE = 4  # curvature that has shrunk by more than this must be renewed before its error estimate counts
@@ -189,15 +189,18 @@ def _curvature(data: _Data, coef: Floats, intercept: Floats) -> _Curvature:
     """Return the curvature at a point: the exact Hessian of one logit, a Kronecker approximation for more."""
     kind = np.float64 if data.x.size < SMALL_CELLS else np.float32
 
-    def part(rows: slice) -> tuple[Floats, Floats, Floats]:
-        block = data.x[rows].astype(np.float64, copy=False)
-        p = _probability(block @ coef + intercept, data.link)
-        weights = data.weight[rows] * p * (1.0 - p)
-        across = np.diag((data.weight[rows] * p).sum(axis=0)) - p.T @ (data.weight[rows] * p)
-        shared = weights.mean(axis=1, keepdims=True)
-        block = (block - data.mean) / data.scale
-        scaled = (block * np.sqrt(shared)).astype(kind, copy=False)
-        return scaled.T @ scaled, (shared * block).sum(axis=0), across
+    mean, scale, standard = data.mean.astype(kind), data.scale.astype(kind), (coef * data.scale[:, None]).astype(kind)
+    base = intercept + data.mean @ coef
+
+    def part(rows: slice) -> tuple[Array, Array, Floats]:
+        block = (data.x[rows].astype(kind, copy=False) - mean) / scale
+        p = _probability(block @ standard + base, data.link)
+        weighted = data.weight[rows] * p
+        across = np.diag(weighted.sum(axis=0)) - p.T @ weighted
+        shared = (weighted * (1.0 - p)).mean(axis=1, keepdims=True)
+        first = block.T @ shared.astype(kind)
+        block *= np.sqrt(shared).astype(kind)
+        return block.T @ block, first[:, 0], across
 
     columns, outputs = data.x.shape[1], len(intercept)
     gram, first, outer = np.zeros((columns, columns)), np.zeros(columns), np.zeros((outputs, outputs))
@@ -274,11 +277,20 @@ def _descend(
 
     start = np.vstack([vectors.T @ (coef * scale) @ mix / step, (intercept + centre @ coef) @ mix / lift]).ravel()
     tolerance = TOLERANCE * max(1.0, np.abs(coef * scale).max()) / max(step.max(), lift.max())
-    options = {"maxiter": ROUND, "maxcor": 20, "ftol": 0.0, "gtol": tolerance}
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
-    _, coef, intercept = place(found.x)
+    first = objective(start)
+    length = max(
+        float(np.linalg.norm(first[1])), tolerance
+    )  # the unit in which the first step, of length one, is right
+
+    def scaled(flat: Floats) -> tuple[float, Floats]:
+        value, slope = first if np.array_equal(flat, start / length) else objective(flat * length)
+        return value / length**2, slope / length
+
+    options = {"maxiter": ROUND, "maxcor": 20, "ftol": 0.0, "gtol": tolerance / length}
+    found = minimize(scaled, start / length, jac=True, method="L-BFGS-B", options=options)
+    _, coef, intercept = place(found.x * length)
     if data.link == "softmax":
         intercept = intercept - intercept.mean()  # only differences count
     stopped = found.nit < ROUND  # at the tolerance, or where no step lowers the loss in float64
-    done = stopped and np.abs(found.jac).max() <= WORST * tolerance and latest * STALE > curvature.total
+    done = stopped and np.abs(found.jac).max() <= WORST * options["gtol"] and latest * STALE > curvature.total
     return coef, intercept, bool(done), found.nfev
