@@ -192,6 +192,16 @@ def test_slides_with_both_labels_serve_for_one_only() -> None:
     assert found.training_groups <= 15, "60 slides, two cells a scanner: 15 each, some of them for the test"
 
 
+def test_a_probe_at_chance_has_nothing_to_lose() -> None:
+    x, table = planted(0, 3, groups=16, rows=1)
+    x[:] = x[0]
+    codes = [pd.factorize(table[name])[0].astype(np.int64) for name in ("label", "scanner", "group_id")]
+    found = probe_sweep(x, *codes, iterations=1)
+    assert found.nipd is None
+    assert "at chance" in found.note
+    assert probe_sweep(planted(6, 0, groups=16, rows=1)[0], *codes, iterations=1).note == ""
+
+
 def test_cramers_v_of_known_tables() -> None:
     from scipy.stats.contingency import association
 

@@ -43,7 +43,7 @@ class ProbeSweep:
         iterations: repeats.
         rows_per_group: samples drawn of every group.
         training_groups: training groups a label.
-        note: what was left out.
+        note: what was left out, and whether there was anything to lose.
     """
 
     apd: float
@@ -110,10 +110,14 @@ def probe_sweep(
             validation_fraction=VALIDATION,
         )
     chance = 1 / shape[1]
+    above_chance = bool(accuracy[0].mean() > chance)
     left_out = len(np.unique(groups)) - len(rows) // rows_per_group
+    notes = [f"{left_out} groups with fewer than {rows_per_group} samples left out"] if left_out else []
+    if not above_chance:
+        notes.append("the probe at V = 0 is at chance: there is nothing to lose, and APD near 0 is no robustness")
     return ProbeSweep(
         apd=float(croma.apd(accuracy)),
-        nipd=float(croma.nipd(accuracy, strengths, chance)) if accuracy[0].mean() > chance else None,
+        nipd=float(croma.nipd(accuracy, strengths, chance)) if above_chance else None,
         table=pd.DataFrame(
             {"cramers_v": strengths, "accuracy": accuracy.mean(axis=1), "sd": accuracy.std(axis=1, ddof=1)}
             if iterations > 1
@@ -122,7 +126,7 @@ def probe_sweep(
         iterations=iterations,
         rows_per_group=rows_per_group,
         training_groups=budget,
-        note=f"{left_out} groups with fewer than {rows_per_group} samples left out" if left_out else "",
+        note="; ".join(notes),
     )
 
 
