@@ -124,6 +124,10 @@ def test_too_few_positives_are_counted_in_the_error() -> None:
         LabelError, match=r"class '1' lies in 3 patients, 5 parts need at least 5 \('0' in 50, '1' in 3"
     ):
         grouped_kfold(y, groups=group, folds=5)
+    with pytest.raises(LabelError, match="use at most 3 folds"):
+        grouped_kfold(y, groups=group, folds=5)
+    with pytest.raises(LabelError, match="this class cannot be tested by folds"):
+        grouped_kfold(y, groups=np.where(group >= 50, 50, group), folds=2)
     assert len(grouped_kfold(y, groups=group, folds=3)) == 3
     with pytest.raises(LabelError, match=r"no row of class '1' in (train|val)"):
         grouped_kfold(y, groups=np.where(group > 50, 51, group), folds=2, val=0.3)

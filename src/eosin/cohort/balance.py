@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 _MOVES = 2000
+_PERFECT = 1e-8
 
 
 def class_counts(y: npt.NDArray[np.int64], group: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -98,6 +99,8 @@ def _improve(scaled: npt.NDArray[np.float64], goal: npt.NDArray[np.float64], par
     own = (scaled**2).sum(axis=1)
     every = np.arange(len(scaled))
     for _ in range(_MOVES):
+        if (gap**2).sum() < _PERFECT:
+            return
         pull = scaled @ gap.T
         change = pull - pull[every, part][:, None] + own[:, None]
         change[every, part] = 0.0

@@ -340,7 +340,7 @@ def cramers_v(table: npt.ArrayLike) -> tuple[float, float]:
 
 
 def _origin_association(cohort: Cohort, label: str) -> list[Finding]:
-    """Cramer's V of each origin with the label; a patient counts once, spread over its rows."""
+    """Cramer's V of each origin with the label; a patient counts once, spread over its rows (then p is approximate)."""
     found = []
     name = cohort.column(label)
     for origin in (one for one in _ORIGINS if one in cohort.table and one != name):

@@ -75,7 +75,7 @@ def grouped_kfold(
     if folds < 2 or repeats < 1:
         raise CohortError(f"{folds} folds, {repeats} repeats: at least 2 folds and 1 repeat are needed")
     counts = class_counts(y, group)
-    _check_enough(counts, names, folds, what="patients", way_out=f"use fewer folds than {folds}")
+    _check_enough(counts, names, folds, what="patients")
     splits = []
     for repeat in range(repeats):
         rng = np.random.default_rng((seed, repeat))
@@ -125,7 +125,7 @@ def preserved_site(
         raise CohortError(f"{folds} folds: at least 2 are needed")
     codes = np.unique(site, return_inverse=True)[1]
     counts = class_counts(y, codes)
-    _check_enough(counts, names, folds, what=f"levels of {column!r}", way_out="use fewer folds or grouped_kfold")
+    _check_enough(counts, names, folds, what=f"levels of {column!r}")
     rng = np.random.default_rng(seed)
     part = assign_groups(counts, np.full(folds, 1 / folds), rng=rng, restarts=_RESTARTS, spread=0.01)[codes]
     splits = [
@@ -317,16 +317,15 @@ def _labels_and_groups(
     return y.astype(np.int64), np.unique(keys, return_inverse=True)[1].astype(np.int64), names
 
 
-def _check_enough(
-    counts: npt.NDArray[np.float64], names: Sequence[str], needed: int, *, what: str, way_out: str
-) -> None:
+def _check_enough(counts: npt.NDArray[np.float64], names: Sequence[str], needed: int, *, what: str) -> None:
     held = (counts > 0).sum(axis=0)
     at = int(np.argmin(held))
     if held[at] < needed:
         listed = ", ".join(f"{name!r} in {n}" for name, n in zip(names, held.tolist(), strict=True))
         raise LabelError(
             f"class {names[at]!r} lies in {held[at]} {what}, {needed} parts need at least {needed} "
-            f"({listed}; {len(counts)} {what} in all); {way_out}"
+            f"({listed}; {len(counts)} {what} in all); "
+            + (f"use at most {held[at]} folds" if held[at] > 1 else "this class cannot be tested by folds")
         )
 
 
