@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from eosin.tasks.pictures import data_uri
@@ -20,7 +21,7 @@ from eosin.tasks.pictures import data_uri
 INK, SOFT, LINE, ACCENT = "#1f2430", "#667085", "#d0d5dd", "#8f3f71"
 POSITIVE, NEGATIVE, BLUE = "#b3541e", "#5b7a99", "#33658a"
 SITES = ("#33658a", "#b3541e", "#4f7f5a", "#8f3f71", "#b8892b", "#5a5a8f", "#7a8a94", "#3f8f8a")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": SOFT,
@@ -185,9 +186,7 @@ def confusion_plot(table: Row, positive: str) -> str:
     share = counts / counts.sum(axis=1, keepdims=True)
     with mpl.rc_context(STYLE):
         figure, axes = _axes(3.3, 3.0)
-        axes.imshow(
-            share, cmap=mpl.colors.LinearSegmentedColormap.from_list("shade", ["#ffffff", "#7d97b3"]), vmin=0, vmax=1
-        )
+        axes.imshow(share, cmap=LinearSegmentedColormap.from_list("shade", ["#ffffff", "#7d97b3"]), vmin=0, vmax=1)
         for i in range(2):
             for j in range(2):
                 axes.text(j, i - 0.06, f"{int(counts[i, j])}", ha="center", va="center", fontsize=13, color=INK)

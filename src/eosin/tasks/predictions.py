@@ -175,9 +175,10 @@ def read_predictions(path: Path, settings: ValidationSettings) -> Predictions:
         raise CohortError(f"{path}: the table has no rows; needed one row a prediction")
     _check_columns(cells, settings, path)
     part = _parts(cells, settings, path)
-    used = cells[part != ""]
+    used = pd.DataFrame(cells[part != ""])
     rows, positive, negative = _rows(used, settings, path)
     is_test = part[part != ""] == TEST
+    scored = pd.DataFrame(used[is_test])
     test, tune = rows.take(is_test), (rows.take(~is_test) if settings.split is not None else None)
     _check_parts(test, tune, settings, path)
     facts = {
@@ -191,10 +192,10 @@ def read_predictions(path: Path, settings: ValidationSettings) -> Predictions:
         "prevalence": float(test.y.mean()),
         "positive_label": positive,
         "negative_labels": list(negative),
-        "duplicate_rows": int(used[is_test].duplicated().sum()),
-        "missing": _missing(used[is_test], settings),
+        "duplicate_rows": int(scored.duplicated().sum()),
+        "missing": _missing(scored, settings),
     }
-    return Predictions(test=test, tune=tune, facts=facts, remarks=tuple(_remarks(used[is_test], test, settings, facts)))
+    return Predictions(test=test, tune=tune, facts=facts, remarks=tuple(_remarks(scored, test, settings, facts)))
 
 
 def _check_columns(cells: pd.DataFrame, settings: ValidationSettings, path: Path) -> None:
@@ -211,13 +212,13 @@ def _parts(cells: pd.DataFrame, settings: ValidationSettings, path: Path) -> Tex
     """Return "test", "tune" or "" (left out) for every row."""
     if settings.split is None:
         return np.full(len(cells), TEST)
-    found = cells[settings.split].str.lower().to_numpy(dtype=np.str_)
+    found = _column(cells, settings.split).str.lower().to_numpy(dtype=np.str_)
     part = np.where(np.isin(found, (TUNE, TEST)), found, "")
     for needed in (TEST, TUNE):
         if not (part == needed).any():
             raise CohortError(
-                f"{path}: column {settings.split!r} holds {_listed(cells[settings.split])} but no {needed!r}; rows "
-                f"{TUNE!r} choose the threshold and rows {TEST!r} are scored, so both are needed; without --split all "
+                f"{path}: column {settings.split!r} holds {_listed(_column(cells, settings.split))} but no {needed!r}; "
+                f"rows {TUNE!r} choose the threshold and rows {TEST!r} are scored, so both are needed; without --split all "
                 "rows are scored"
             )
     return part.astype(np.str_)
@@ -226,19 +227,21 @@ def _parts(cells: pd.DataFrame, settings: ValidationSettings, path: Path) -> Tex
 def _rows(cells: pd.DataFrame, settings: ValidationSettings, path: Path) -> tuple[Rows, str, tuple[str, ...]]:
     """Return all used rows, the positive label and the negative ones."""
     y, positive, negative = _labels(cells, settings, path)
-    levels = {name: _levels(cells[name]) for name in settings.subgroups}
+    levels = {name: _levels(_column(cells, name)) for name in settings.subgroups}
     number = cells.index.to_numpy(dtype=np.int64)
     cluster = number.astype(np.str_) if settings.group is None else _complete(cells, settings.group, path)
     rows = Rows(
         number=number,
         y=y,
-        p=_scores(cells[settings.score], settings.logits, path),
+        p=_scores(_column(cells, settings.score), settings.logits, path),
         cluster=cluster,
-        site=None if settings.site is None else _levels(cells[settings.site]),
+        site=None if settings.site is None else _levels(_column(cells, settings.site)),
         subgroups=levels,
-        date=None if settings.date is None else _dates(cells[settings.date], path),
-        image=None if settings.image is None else cells[settings.image].to_numpy(dtype=np.str_),
-        reference=None if settings.reference is None else _scores(cells[settings.reference], settings.logits, path),
+        date=None if settings.date is None else _dates(_column(cells, settings.date), path),
+        image=None if settings.image is None else _levels(_column(cells, settings.image), ""),
+        reference=None
+        if settings.reference is None
+        else _scores(_column(cells, settings.reference), settings.logits, path),
     )
     if rows.image is not None:
         _check_contradictions(rows, path)
@@ -249,8 +252,8 @@ def _labels(
     cells: pd.DataFrame, settings: ValidationSettings, path: Path
 ) -> tuple[npt.NDArray[np.int8], str, tuple[str, ...]]:
     """Return y (n,), the positive label and the negative ones."""
-    column = cells[settings.label]
-    gone = column.index[column.str.lower().isin(MISSING)]
+    column = _column(cells, settings.label)
+    gone = _numbers(column, _is_missing(column))
     if len(gone):
         raise LabelError(
             f"{path}, {row_phrase(gone)}: {settings.label} is missing; a row without a reference standard cannot be "
@@ -303,8 +306,8 @@ def _same_number(a: str, b: str) -> bool:
 
 def _scores(column: pd.Series, logits: bool, path: Path) -> Floats:
     """Return P(positive) (n,) of a score column."""
-    values = pd.to_numeric(column.where(~column.str.lower().isin(MISSING)), errors="coerce").to_numpy(dtype=np.float64)
-    bad = column.index[~np.isfinite(values)]
+    values = np.asarray(pd.to_numeric(column.where(~_is_missing(column)), errors="coerce"), dtype=np.float64)
+    bad = _numbers(column, ~np.isfinite(values))
     if len(bad):
         raise PredictionsError(
             f"{path}, {row_phrase(bad)}: {column.name} is {column.loc[bad[0]]!r}; {len(bad)} of {len(column)} scores "
@@ -319,7 +322,7 @@ def _scores(column: pd.Series, logits: bool, path: Path) -> Floats:
             )
         return scipy.special.expit(values)
     if low < 0 or high > 1:
-        outside = column.index[(values < 0) | (values > 1)]
+        outside = _numbers(column, (values < 0) | (values > 1))
         looks = (
             "percentages: divide them by 100"
             if low >= 0 and 1 < high <= 100
@@ -332,14 +335,14 @@ def _scores(column: pd.Series, logits: bool, path: Path) -> Floats:
     return values
 
 
-def _levels(column: pd.Series) -> Texts:
+def _levels(column: pd.Series, missing: str = NOT_RECORDED) -> Texts:
     """Return a column's cells, missing ones under one name."""
-    return np.array([NOT_RECORDED if cell.lower() in MISSING else cell for cell in column], dtype=np.str_)
+    return np.array([missing if cell.lower() in MISSING else cell for cell in column], dtype=np.str_)
 
 
 def _complete(cells: pd.DataFrame, name: str, path: Path) -> Texts:
-    column = cells[name]
-    gone = column.index[column.str.lower().isin(MISSING)]
+    column = _column(cells, name)
+    gone = _numbers(column, _is_missing(column))
     if len(gone):
         raise CohortError(
             f"{path}, {row_phrase(gone)}: {name} is missing; rows of one patient must carry one id, "
@@ -349,25 +352,25 @@ def _complete(cells: pd.DataFrame, name: str, path: Path) -> Texts:
 
 
 def _dates(column: pd.Series, path: Path) -> npt.NDArray[np.datetime64]:
-    text = column.where(~column.str.lower().isin(MISSING))
+    text = column.where(~_is_missing(column))
     dates = pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True)
-    bad = column.index[dates.isna() & text.notna()]
+    bad = _numbers(column, (dates.isna() & text.notna()).to_numpy())
     if len(bad):
         raise CohortError(
             f"{path}, {row_phrase(bad)}: {column.name} {column.loc[bad[0]]!r} is not an ISO date such as 2021-03-04"
         )
-    return dates.dt.tz_convert(None).to_numpy(dtype="datetime64[ns]")
+    return np.asarray(dates.dt.tz_convert(None), dtype="datetime64[ns]")
 
 
 def _check_contradictions(rows: Rows, path: Path) -> None:
     assert rows.image is not None
-    table = pd.DataFrame({"image": rows.image, "y": rows.y}, index=rows.number)
-    table = table[table["image"] != ""]
-    wrong = table.index[table.groupby("image")["y"].transform("nunique") > 1]
+    table = pd.DataFrame({"image": rows.image, "y": rows.y})
+    several = np.asarray(table.groupby("image")["y"].transform("nunique")) > 1
+    wrong = np.flatnonzero(several & (rows.image != ""))
     if len(wrong):
         raise LabelError(
-            f"{path}, {row_phrase(wrong)}: the same image ({table.loc[wrong[0], 'image']}) is positive in one row and "
-            "negative in another; keep the right one"
+            f"{path}, {row_phrase(rows.number[wrong])}: the same image ({rows.image[wrong[0]]}) is positive in one row "
+            "and negative in another; keep the right one"
         )
 
 
@@ -389,7 +392,7 @@ def _check_parts(test: Rows, tune: Rows | None, settings: ValidationSettings, pa
 
 def _missing(cells: pd.DataFrame, settings: ValidationSettings) -> dict[str, int]:
     return {
-        name: int(cells[name].str.lower().isin(MISSING).sum())
+        name: int(_is_missing(_column(cells, name)).sum())
         for name in settings.columns().values()
         if name in cells.columns
     }
@@ -447,6 +450,19 @@ def _remarks(cells: pd.DataFrame, test: Rows, settings: ValidationSettings, fact
                 )
             )
     return remarks
+
+
+def _column(cells: pd.DataFrame, name: str) -> pd.Series:
+    return pd.Series(cells[name])
+
+
+def _is_missing(column: pd.Series) -> npt.NDArray[np.bool_]:
+    return column.str.lower().isin(list(MISSING)).to_numpy(dtype=np.bool_)
+
+
+def _numbers(column: pd.Series, mask: npt.NDArray[np.bool_]) -> list[int]:
+    """Return the row numbers where `mask` is true."""
+    return column.index.to_numpy()[mask].tolist()
 
 
 def _listed(column: pd.Series) -> str:

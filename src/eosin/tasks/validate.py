@@ -99,6 +99,8 @@ def _sections(read: Predictions, s: ValidationSettings) -> tuple[dict[str, Any],
         return compute()
 
     no_site = "" if rows.site is not None else "no site column was given (--site)"
+    if rows.site is not None and len(set(rows.site)) < 2:
+        no_site = f"all rows are of one site, {rows.site[0]}"
     no_tune = "" if tune is not None else "needs rows that are not scored: a column with tune and test rows (--split)"
     no_date = "" if rows.date is not None else "no date column was given (--date)"
     no_levels = (
@@ -111,7 +113,7 @@ def _sections(read: Predictions, s: ValidationSettings) -> tuple[dict[str, Any],
         "calibration": section.calibration(rows, tune, s),
         "usefulness": section.usefulness(rows, s),
         "subgroups": when("subgroups", no_levels, lambda: section.levels_section(rows, threshold, s)),
-        "conformal": when("conformal", no_tune, lambda: section.conformal(rows, tune, s)),
+        "conformal": section.conformal(rows, tune, s) if tune is not None else when("conformal", no_tune, dict),
         "selective": section.selective(rows, threshold, s),
         "temporal": when("temporal", no_date, lambda: compare.temporal(rows, tune, s)),
         "drift": when("drift", no_site, lambda: compare.score_drift(rows, s)),
@@ -123,7 +125,7 @@ def _sections(read: Predictions, s: ValidationSettings) -> tuple[dict[str, Any],
         "readers": when(
             "readers",
             "" if s.readers else "no table of readers was given (--readers)",
-            lambda: compare.readers_section(compare.read_readers(s.readers), rows, threshold, s),
+            lambda: compare.readers_section(rows, threshold, s),
         ),
         "confidently_wrong": section.confidently_wrong(rows, threshold, read.facts["positive_label"]),
     }

@@ -15,7 +15,7 @@ from eosin.evaluation.drift import ks_drift, psi
 from eosin.evaluation.metrics import auroc, choose_threshold, make_metrics
 from eosin.evaluation.readers import model_against_readers, mrmc, reader_table
 from eosin.evaluation.report import plain
-from eosin.evaluation.temporal import temporal_performance
+from eosin.evaluation.temporal import first_alarm, temporal_performance
 from eosin.tasks.predictions import Rows, ValidationSettings
 from eosin.tasks.validation_sections import PERMUTATIONS, RULE, Values
 
@@ -32,9 +32,10 @@ def temporal(rows: Rows, tune: Rows | None, s: ValidationSettings) -> Values:
     if len(np.unique(dated.y)) < 2:
         raise PredictionsError(
             f"{len(dated)} scored rows have a date in column {s.date!r}, not of both classes; needed both, or "
-            f"leave out --date"
+            "leave out --date"
         )
-    days = dated.date.astype("datetime64[D]").astype(np.int64)  # type: ignore[union-attr]
+    assert dated.date is not None
+    days = dated.date.astype("datetime64[D]").astype(np.int64)
     rarer = int(min(dated.y.sum(), (dated.y == 0).sum()))
     windows = max(1, min(MAX_WINDOWS, rarer // ROWS_PER_WINDOW))
     window_days = int(-(-(int(np.ptp(days)) + 1) // windows))
@@ -45,11 +46,11 @@ def temporal(rows: Rows, tune: Rows | None, s: ValidationSettings) -> Values:
         dated.date,
         dated.cluster,
         window_days=window_days,
-        reference=auroc(judged_by.y, judged_by.p),
-        margin=MARGIN,
         resamples=s.resamples,
         seed=s.seed,
     )
+    reference = auroc(judged_by.y, judged_by.p)
+    alarm = first_alarm(found.windows, reference=reference, margin=MARGIN)
     shown = found.to_dict()
     source = "all dated rows together" if tune is None else "the tune rows"
     trend = shown["trend"]
@@ -58,10 +59,10 @@ def temporal(rows: Rows, tune: Rows | None, s: ValidationSettings) -> Values:
         if trend["point"] is not None
         else f"No trend: {trend['note']}."
     )
-    held = f"the reference {shown['reference']:.3f} ({source}) less {MARGIN:g}"
-    alarm = (
-        f"First alarm: the window from {shown['alarm']} lies wholly below {held}."
-        if shown["alarm"]
+    held = f"the reference {reference:.3f} ({source}) less {MARGIN:g}"
+    said = (
+        f"First alarm: the window from {alarm} lies wholly below {held}."
+        if alarm is not None
         else f"No window lies wholly below {held}."
     )
     return plain(
@@ -69,11 +70,11 @@ def temporal(rows: Rows, tune: Rows | None, s: ValidationSettings) -> Values:
             "metric": "auroc",
             "rows": [{**row, "label": row["start"]} for row in shown["windows"]],
             "trend": trend,
-            "alarm": shown["alarm"],
-            "reference": shown["reference"],
+            "alarm": None if alarm is None else str(alarm),
+            "reference": reference,
             "margin": MARGIN,
             "window_days": window_days,
-            "words": f"{len(dated)} dated rows in windows of {window_days} days. {change} {alarm}",
+            "words": f"{len(dated)} dated rows in windows of {window_days} days. {change} {said}",
             "method": f"Time: AUROC in consecutive windows of {window_days} days, all on the same resampled "
             f"patients; trend by "
             "regression weighted with the inverse variance of each window.",
@@ -81,18 +82,23 @@ def temporal(rows: Rows, tune: Rows | None, s: ValidationSettings) -> Values:
     )
 
 
-def score_drift(rows: Rows, s: ValidationSettings) -> Values | None:
-    """Return how every site's scores differ from all others', without labels; None with fewer than two sites."""
-    if rows.site is None or len(np.unique(rows.site)) < 2:
-        return None
+def score_drift(rows: Rows, s: ValidationSettings) -> Values:
+    """Return how every site's scores differ from those of all others, without labels; there are two sites or more."""
+    assert rows.site is not None
     table = pd.DataFrame({"site": rows.site, "cluster": rows.cluster})
-    alone = not (table.groupby("cluster")["site"].nunique() > 1).any()
+    alone = int(np.asarray(table.groupby("cluster")["site"].nunique()).max()) == 1
     found, scores = [], []
     for name in np.unique(rows.site):
         mine = rows.site == name
         index = psi(rows.p[~mine], rows.p[mine])
-        units = {"cluster_reference": rows.cluster[~mine], "cluster_current": rows.cluster[mine]} if alone else {}
-        test = ks_drift(rows.p[~mine, None], rows.p[mine, None], permutations=PERMUTATIONS, seed=s.seed, **units)
+        test = ks_drift(
+            rows.p[~mine, None],
+            rows.p[mine, None],
+            cluster_reference=rows.cluster[~mine] if alone else None,
+            cluster_current=rows.cluster[mine] if alone else None,
+            permutations=PERMUTATIONS,
+            seed=s.seed,
+        )
         found.append(
             {
                 "level": str(name),
@@ -147,8 +153,8 @@ def comparison(rows: Rows, tune: Rows | None, threshold: float, s: ValidationSet
         said = "Non-inferiority is shown" if test.established else "Non-inferiority is not shown"
         p = "p below 0.0001" if test.p < 1e-4 else f"p {test.p:.4f}"
         words = (
-            f"{said}: the AUROC difference has the lower bound {test.low:.3f}, to be above -{s.margin:g} (one-sided {p}). "
-            "The margin must have been set before looking."
+            f"{said}: the AUROC difference has the lower bound {test.low:.3f}, to be above -{s.margin:g} "
+            f"(one-sided {p}). The margin must have been set before looking."
         )
         verdict = test.to_dict() | {"words": words}
     return plain(
@@ -163,8 +169,10 @@ def comparison(rows: Rows, tune: Rows | None, threshold: float, s: ValidationSet
     )
 
 
-def readers_section(reads: pd.DataFrame, rows: Rows, threshold: float, s: ValidationSettings) -> Values:
+def readers_section(rows: Rows, threshold: float, s: ValidationSettings) -> Values:
     """Return the readers' tables, with and without help, and the model beside them where their cases are rows here."""
+    assert s.readers is not None
+    reads = read_readers(s.readers)
     table = reader_table(reads, level=s.level)
     helped = (
         mrmc(reads, resamples=s.resamples, level=s.level, seed=s.seed)
@@ -192,13 +200,12 @@ def _calls_of_cases(reads: pd.DataFrame, rows: Rows, threshold: float) -> tuple[
         if keys is None or not cases <= set(keys.tolist()):
             continue
         table = pd.DataFrame({"case": keys, "call": (rows.p >= threshold).astype(np.int64)})
-        table = table[table["case"].isin(cases)]
-        if not table["case"].duplicated().any():
+        table = pd.DataFrame(table[np.isin(keys, list(cases))])
+        if table["case"].is_unique:
             return table, f"Cases are matched to the scored rows by {name}."
     return None, (
-        "The model is not set beside the readers: their cases are not all found, once each, in the image or the "
-        "patient "
-        "column of the scored rows."
+        "The model is not set beside the readers: their cases are not all found, once each, in the image "
+        "or the patient column of the scored rows."
     )
 
 
@@ -212,11 +219,12 @@ def read_readers(path: Path) -> pd.DataFrame:
     reads = read_cells(path)
     for name in ("truth", "unassisted", "assisted"):
         if name in reads:
-            numbers = pd.to_numeric(reads[name], errors="coerce")
-            bad = reads.index[~numbers.isin([0, 1])]
+            calls = reads[name].to_numpy()
+            numbers = np.asarray(pd.to_numeric(reads[name], errors="coerce"), dtype=np.float64)
+            bad = np.flatnonzero(~np.isin(numbers, (0, 1)))
             if len(bad):
                 raise PredictionsError(
-                    f"{path}, row {bad[0]}: {name} is {reads.loc[bad[0], name]!r}; needed a call, 0 or 1"
+                    f"{path}, row {reads.index[bad[0]]}: {name} is {calls[bad[0]]!r}; needed a call, 0 or 1"
                 )
             reads[name] = numbers.astype(np.int64)
     return reads.reset_index(drop=True)

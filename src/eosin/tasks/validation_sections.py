@@ -20,7 +20,7 @@ from eosin.evaluation.calibration import (
     reliability,
 )
 from eosin.evaluation.conformal import ALL_SITES, coverage_table, split_conformal
-from eosin.evaluation.heterogeneity import interaction_test
+from eosin.evaluation.heterogeneity import heterogeneity, interaction_test
 from eosin.evaluation.metrics import confusion, log_loss, make_metrics, threshold_spread
 from eosin.evaluation.report import Remark, plain
 from eosin.evaluation.selective import risk_coverage
@@ -253,15 +253,34 @@ def _sites(rows: Rows, site: npt.NDArray[np.str_], threshold: float, s: Validati
     }
     table = pooled_and_domains(rows.y, rows.p, site, rows.cluster, **options)
     summary = {
-        label: _wide(table[table["scope"] == scope])
+        label: _wide(_part(table, scope))
         for scope, label in (("domain_mean", "mean of sites"), ("worst_domain", "worst site"), ("pooled", "pooled"))
     }
-    worst = table[(table["scope"] == "worst_domain") & (table["metric"] == "auroc")]
-    name = f" The worst AUROC is that of {worst['level'].iloc[0]}." if len(worst) else ""
-    caption = "A site in italics has too few cases to be judged alone; it is left out of the worst. " + _spread_words(
-        rows, site, threshold, s
-    )
-    return plain({"rows": _wide_rows(table[table["scope"] == "domain"]), "summary": summary, "caption": caption + name})
+    domains = _part(table, "domain")
+    spread = _heterogeneity(domains)
+    words = ["A site in italics has too few cases to be judged alone; it is left out of the worst."]
+    words += [_spread_words(rows, site, threshold, s)]
+    if spread is not None:
+        share = f"{100 * spread['i2_low']:.0f} to {100 * spread['i2_high']:.0f} %"
+        note = f"; {spread['note']}" if spread["note"] else ""
+        words.append(
+            f"Heterogeneity of AUROC: I² {100 * spread['i2']:.0f} % ({share}), Cochran's Q {spread['q']:.1f} on "
+            f"{spread['df']} degrees of freedom, p {spread['p']:.3f}{note}."
+        )
+    if "auroc" in summary["worst site"]:
+        words.append(f"The worst AUROC is that of {summary['worst site']['auroc']['level']}.")
+    found = {"rows": _wide_rows(domains), "summary": summary, "heterogeneity": spread, "caption": " ".join(words)}
+    return plain(found)
+
+
+def _part(table: pd.DataFrame, scope: str) -> pd.DataFrame:
+    return pd.DataFrame(table[table["scope"] == scope])
+
+
+def _heterogeneity(domains: pd.DataFrame) -> Values | None:
+    """Return Q and I² of AUROC over the sites that are large enough; None with fewer than two."""
+    rows = pd.DataFrame(domains[(domains["metric"] == "auroc") & (domains["flag"] == "") & (domains["se"] > 0)])
+    return heterogeneity(rows["point"], rows["se"]).to_dict() if len(rows) > 1 else None
 
 
 def _subgroup(rows: Rows, level: npt.NDArray[np.str_], threshold: float, s: ValidationSettings) -> Values:
