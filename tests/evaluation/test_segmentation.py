@@ -119,6 +119,17 @@ def brute_pq(truth: np.ndarray, prediction: np.ndarray) -> tuple[float, float]:
     return sum(matches) / total, len(matches) / total
 
 
+@pytest.mark.slow  # importing monai takes seconds
+@pytest.mark.parametrize("name", ["pq", "sq", "rq"])
+def test_panoptic_quality_equals_monai(name: str) -> None:
+    import torch
+    from monai.metrics.panoptic_quality import compute_panoptic_quality
+
+    truth, prediction = blobs(3), blobs(4, shift=3, drop=5)
+    oracle = compute_panoptic_quality(torch.from_numpy(prediction), torch.from_numpy(truth), metric_name=name)
+    assert getattr(panoptic_quality(truth, prediction), name) == pytest.approx(float(oracle), abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_panoptic_quality_equals_brute_force(seed: int) -> None:
     truth, prediction = blobs(seed, drop=3), blobs(seed, shift=6)
