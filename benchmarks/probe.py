@@ -2,8 +2,8 @@
 
     python benchmarks/probe.py --rows 100000 --dim 1024
 
-Features are made: float32, correlated (spectrum of the covariance 1 / rank, about that of a vision transformer's
-features), every feature with an offset; labels are noisy, so no strength separates the classes. Every method gets the
+Features are made: float32, correlated (eigenvalues of their covariance fall as 1 / rank), every feature with an
+offset; labels are noisy, so no strength separates the classes. Every method gets the
 same grid of C and, in each repeat, its turn. scikit-learn is handed features that are standardised already, so that
 its scaling is not timed, and ours is. scikit-learn's answers are compared with ours through the loss they reach, in
 float64: `excess` is C times its loss plus penalty, less ours, over ours. `error` is the largest difference in
