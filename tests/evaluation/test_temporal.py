@@ -11,7 +11,7 @@ import statsmodels.api as sm
 from sklearn.metrics import roc_auc_score
 
 from eosin.errors import PredictionsError
-from eosin.evaluation.temporal import temporal_performance, weighted_slope
+from eosin.evaluation.temporal import first_alarm, temporal_performance, weighted_slope
 
 START = np.datetime64("2022-01-01")
 Data = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.datetime64], npt.NDArray[np.int64]]
@@ -62,33 +62,30 @@ def test_trend_of_windows_is_their_regression() -> None:
 
 def test_a_stable_model_has_no_trend_and_no_alarm() -> None:
     y, p, date, patient = decay(seed=2)
-    found = temporal_performance(y, p, date, patient, window_days=120, reference=roc_auc_score(y, p), resamples=300)
+    found = temporal_performance(y, p, date, patient, window_days=120, resamples=300)
     assert found.trend.low < 0 < found.trend.high
-    assert found.alarm is None
-    assert not found.windows["alarm"].any()
+    assert first_alarm(found.windows, reference=roc_auc_score(y, p)) is None
 
 
 def test_the_alarm_is_the_first_broken_window() -> None:
     y, p, date, patient = decay(broken_from=720)
-    found = temporal_performance(y, p, date, patient, window_days=90, reference=0.92, margin=0.05, resamples=300)
-    assert found.alarm == START + 720
-    first = found.windows[found.windows["alarm"]].iloc[0]
-    assert first["high"] < 0.92 - 0.05
-    before = found.windows[found.windows["start"] < first["start"]]
-    assert (before["high"] >= 0.87).all()
-    wide = temporal_performance(y, p, date, patient, window_days=90, reference=0.92, margin=0.6, resamples=300)
-    assert wide.alarm is None
+    windows = temporal_performance(y, p, date, patient, window_days=90, resamples=300).windows
+    alarm = first_alarm(windows, reference=0.92, margin=0.05)
+    assert alarm == START + 720
+    assert windows.set_index("start").loc[alarm, "high"] < 0.92 - 0.05
+    assert (windows[windows["start"] < alarm]["high"] >= 0.87).all()
+    assert first_alarm(windows, reference=0.92, margin=0.6) is None
+    with pytest.raises(PredictionsError, match="margin"):
+        first_alarm(windows, reference=0.92, margin=-0.1)
 
 
 def test_errors_alarm_upwards() -> None:
     y, p, date, patient = decay(broken_from=720)
-    found = temporal_performance(
-        y, p, date, patient, metric="brier", window_days=180, reference=0.13, margin=0.02, resamples=200
-    )
-    assert found.alarm == START + 720
+    found = temporal_performance(y, p, date, patient, metric="brier", window_days=180, resamples=200)
+    alarm = first_alarm(found.windows, reference=0.13, margin=0.02)
+    assert alarm == START + 720
     assert found.trend.point > 0
-    first = found.windows[found.windows["alarm"]].iloc[0]
-    assert first["low"] > 0.15
+    assert found.windows.set_index("start").loc[alarm, "low"] > 0.15
 
 
 def test_rolling_windows_overlap() -> None:
@@ -101,9 +98,10 @@ def test_rolling_windows_overlap() -> None:
 
 def test_small_windows_are_flagged_and_cannot_alarm() -> None:
     y, p, date, patient = decay(patients=60, broken_from=0)
-    found = temporal_performance(y, p, date, patient, window_days=60, reference=0.99, margin=0, resamples=100)
+    found = temporal_performance(y, p, date, patient, window_days=60, resamples=100)
     assert (found.windows["flag"] != "").all()
-    assert found.alarm is None
+    assert (found.windows["high"] < 0.99).any()
+    assert first_alarm(found.windows, reference=0.99, margin=0) is None
     assert np.isnan(found.trend.point)
     assert "a trend needs 3" in found.trend.note
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))

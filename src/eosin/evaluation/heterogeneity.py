@@ -157,28 +157,14 @@ def interaction_test(
     labels, scores = check_scores(y, p)
     names, codes = level_codes(level, len(labels))
     units = check_clusters(cluster, len(labels))
-    made = make_metrics([metric], labels, scores, threshold=threshold)[metric]
-    alone = np.array([made((codes == k)[None].astype(np.float64))[0] for k in range(len(names))])
-    kept = np.isfinite(alone)
+    kept = _has_value(make_metrics([metric], labels, scores, threshold=threshold)[metric], codes, len(names))
     if kept.sum() < 2:
         raise PredictionsError(f"{metric} has a value on {kept.sum()} of {len(names)} levels; needed at least two")
-    if not kept.all():
-        rows = np.flatnonzero(kept[codes])
-        labels, scores, codes = labels[rows], scores[rows], np.unique(codes[rows], return_inverse=True)[1]
-        units = check_clusters(units[rows], len(rows))
-        made = make_metrics([metric], labels, scores, threshold=threshold)[metric]
-    rng = np.random.default_rng(seed)
-    of_cluster = level_of_clusters(codes, units)
-    classes = np.eye(int(labels.max()) + 1)[labels]
-    if of_cluster is None:
-        chunks = _within(labels, codes, units, permutations, rng)
-    else:
-        assert isinstance(made, ClusterMetric)
-        made = made.by_cluster(units, len(of_cluster))
-        classes = np.column_stack([np.bincount(units, c, minlength=len(of_cluster)) for c in classes.T]).astype(
-            np.float64
-        )
-        chunks = _between(of_cluster, classes, permutations, rng)
+    rows = np.flatnonzero(kept[codes])
+    labels, scores, codes = labels[rows], scores[rows], (np.cumsum(kept) - 1)[codes[rows]]
+    units = check_clusters(units[rows], len(rows))
+    made = make_metrics([metric], labels, scores, threshold=threshold)[metric]
+    made, classes, chunks, scheme = _exchange(made, labels, codes, units, permutations, np.random.default_rng(seed))
     levels = int(kept.sum())
     values = np.concatenate([_spread(made, classes, chunk, levels) for chunk in chunks])
     beyond = int((values[1:] >= values[0] * (1 - ROUNDING)).sum())
@@ -188,9 +174,29 @@ def interaction_test(
         p=(1 + beyond) / (1 + permutations),
         permutations=permutations,
         levels=levels,
-        scheme="within clusters" if of_cluster is None else "between clusters",
+        scheme=scheme,
         note=f"left out, {metric} has no value there: {lost}" if lost else "",
     )
+
+
+def _exchange(
+    metric: Metric, labels: Codes, codes: Codes, units: Codes, permutations: int, rng: np.random.Generator
+) -> tuple[Metric, Floats, Iterator[Codes], str]:
+    """Return what is exchanged (clusters or rows): the metric over them, their class counts, levels, the scheme."""
+    of_cluster = level_of_clusters(codes, units)
+    classes = np.eye(int(labels.max()) + 1)[labels]
+    if of_cluster is None:
+        return metric, classes, _within(labels, codes, units, permutations, rng), "within clusters"
+    assert isinstance(metric, ClusterMetric)  # every one of METRICS is
+    counts = np.zeros((len(of_cluster), classes.shape[1]))
+    np.add.at(counts, units, classes)
+    over_clusters = metric.by_cluster(units, len(of_cluster))
+    return over_clusters, counts, _between(of_cluster, counts, permutations, rng), "between clusters"
+
+
+def _has_value(metric: Metric, codes: Codes, levels: int) -> npt.NDArray[np.bool_]:
+    """Return (levels,) whether the metric is defined on the rows of each level."""
+    return np.array([np.isfinite(metric((codes == k)[None].astype(np.float64))[0]) for k in range(levels)])
 
 
 def _i2_interval(q: float, df: int) -> tuple[float, float]:

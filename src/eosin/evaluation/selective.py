@@ -70,18 +70,13 @@ def risk_coverage(
     """
     labels, wrong, confidence = _errors(y, p, threshold)
     n = len(wrong)
-    order = np.argsort(-confidence, kind="stable")
-    ordered = confidence[order]
-    start = np.concatenate([[0], np.flatnonzero(np.diff(ordered)) + 1])
-    sizes = np.diff(np.append(start, n))
-    expected = np.empty(n)
-    expected[order] = np.repeat(np.add.reduceat(wrong[order], start) / sizes, sizes)
+    order, expected = _expected_errors(wrong, confidence)
     units = np.arange(n) if cluster is None else np.asarray(cluster)
 
     def area(weights: npt.NDArray[np.floating]) -> Floats:
         each = weights[:, order]
         kept = np.cumsum(each, axis=1, dtype=np.float64)
-        errors = np.cumsum(each * expected[order], axis=1, dtype=np.float64)
+        errors = np.cumsum(each * expected, axis=1, dtype=np.float64)
         return (each * ratio(errors, np.maximum(kept, 1))).sum(1) / kept[:, -1]
 
     aurc = bootstrap(area, units, y=labels, resamples=resamples, level=level, seed=seed)
@@ -104,6 +99,14 @@ def risk_coverage(
         }
     )
     return RiskCoverage(table=table, aurc=aurc, excess=aurc.point - float(ideal.mean()))
+
+
+def _expected_errors(wrong: Floats, confidence: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
+    """Return the order (n,) of falling confidence, and in it each row's error averaged over rows as sure as it."""
+    order = np.argsort(-confidence, kind="stable")
+    start = np.concatenate([[0], np.flatnonzero(np.diff(confidence[order])) + 1])
+    sizes = np.diff(np.append(start, len(order)))
+    return order, np.repeat(np.add.reduceat(wrong[order], start) / sizes, sizes)
 
 
 def _errors(y: npt.ArrayLike, p: npt.ArrayLike, threshold: float) -> tuple[npt.NDArray[np.int64], Floats, Floats]:

@@ -160,24 +160,7 @@ def pooled_and_domains(
     facts = pd.DataFrame(
         [{"level": n, **describe(y, p, cluster, s)} for n, s in zip(["all", *names], subsets, strict=True)]
     )
-    parts = []
-    for metric in metrics:
-        each = metric_rows(facts, metric, points[metric], draws[metric], confidence)
-        each.insert(0, "scope", np.array(["pooled"] + ["domain"] * len(names), dtype=object))
-        here, drawn = points[metric][1:], draws[metric][:, 1:]
-        known = np.isfinite(here)
-        flags = facts["flag"].to_numpy()[1:]
-        mean = float(here[known].mean()) if known.any() else float("nan")
-        means = drawn[:, known].mean(1) if known.any() else np.full(len(drawn), np.nan)
-        summary = metric_rows(facts.iloc[:1], metric, np.array([mean]), means[:, None], confidence)
-        summary = summary.assign(
-            scope="domain_mean", level=f"mean of {known.sum()} domains", flag=_mean_flag(known, flags)
-        )
-        worst = _worst(metric, here, flags)
-        parts += [each, summary]
-        if worst is not None:
-            parts.append(each.iloc[[worst + 1]].assign(scope="worst_domain"))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat([_scopes(facts, m, points[m], draws[m], confidence) for m in metrics], ignore_index=True)
 
 
 def calibration_table(
@@ -351,6 +334,22 @@ def _interval(drawn: Floats, confidence: float) -> tuple[float, float, float, in
         return float("nan"), float("nan"), float("nan"), int(drawn.size - usable.size)
     low, high = np.quantile(usable, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high), float(usable.std(ddof=1)), int(drawn.size - usable.size)
+
+
+def _scopes(facts: pd.DataFrame, metric: str, points: Floats, draws: Floats, confidence: float) -> pd.DataFrame:
+    """Return the rows of `pooled_and_domains` of one metric; the first subset is all rows, the others the domains."""
+    each = metric_rows(facts, metric, points, draws, confidence)
+    each.insert(0, "scope", np.array(["pooled"] + ["domain"] * (len(facts) - 1), dtype=object))
+    here, flags = points[1:], facts["flag"].to_numpy()[1:]
+    known = np.isfinite(here)
+    mean = float(here[known].mean()) if known.any() else float("nan")
+    means = draws[:, 1:][:, known].mean(1) if known.any() else np.full(len(draws), np.nan)
+    summary = metric_rows(facts.iloc[:1], metric, np.array([mean]), means[:, None], confidence).assign(
+        scope="domain_mean", level=f"mean of {known.sum()} domains", flag=_mean_flag(known, flags)
+    )
+    worst = _worst(metric, here, flags)
+    last = [] if worst is None else [each.iloc[[worst + 1]].assign(scope="worst_domain")]
+    return pd.concat([each, summary, *last])
 
 
 def _worst(metric: str, points: Floats, flags: npt.NDArray[Any]) -> int | None:

@@ -31,30 +31,17 @@ class Temporal:
     """A metric over time.
 
     Attributes:
-        windows: start, end (exclusive), n, positives, clusters, metric, point, low, high, se, degenerate, flag, alarm.
+        windows: start, end (exclusive), n, positives, clusters, metric, point, low, high, se, degenerate, flag.
         trend: change of the metric per year: regression over the windows that are large enough, weights 1/se^2.
-        alarm: start of the first window, among those large enough, whose interval lies wholly beyond the reference by
-            more than the margin; None without one, or without a reference.
-        reference: what the windows are held against.
-        margin: the loss that would not matter, fixed before looking.
     """
 
     windows: pd.DataFrame
     trend: Interval
-    alarm: np.datetime64 | None
-    reference: float | None
-    margin: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, dates as ISO text."""
         dated = self.windows.assign(**{k: self.windows[k].dt.strftime("%Y-%m-%d") for k in ("start", "end")})
-        return {
-            "windows": records(dated),
-            "trend": self.trend.to_dict(),
-            "alarm": None if self.alarm is None else str(self.alarm),
-            "reference": self.reference,
-            "margin": self.margin,
-        }
+        return {"windows": records(dated), "trend": self.trend.to_dict()}
 
 
 def temporal_performance(
@@ -67,14 +54,10 @@ def temporal_performance(
     threshold: float = 0.5,
     window_days: int = 90,
     step_days: int | None = None,
-    reference: float | None = None,
-    margin: float = 0.05,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Temporal:
-    """Return a metric per window of time with 95 % cluster-bootstrap intervals, its trend and the first alarm.
-
-    Many windows are many looks: with a margin of 0, one stable window in forty alarms by chance.
+    """Return a metric per window of time with 95 % cluster-bootstrap intervals, and its trend.
 
     Args:
         y: (n,) class indices.
@@ -85,8 +68,6 @@ def temporal_performance(
         threshold: of the binary decision.
         window_days: length of a window; the first begins on the first date.
         step_days: from one window to the next; `window_days` when None, less for rolling windows.
-        reference: value at validation that is to be held; None: no alarm.
-        margin: loss below (above, for errors) the reference that would not matter.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
 
@@ -114,19 +95,33 @@ def temporal_performance(
     facts.insert(0, "start", starts * ONE_DAY + np.datetime64(0, "D"))
     facts.insert(1, "end", facts["start"] + pd.Timedelta(days=window_days))
     table = metric_rows(facts, metric, points[metric], draws[metric], 0.95)
-    worse = 1 if metric in LOWER_IS_BETTER else -1
-    near = table["low"] if worse == 1 else -table["high"]
-    beyond = np.zeros(len(table), dtype=bool) if reference is None else (near > worse * reference + margin).to_numpy()
-    table["alarm"] = beyond & (table["flag"] == "").to_numpy()
-    first = facts["start"].to_numpy()[table["alarm"].to_numpy()]
     units = check_clusters(cluster, len(labels))
-    return Temporal(
-        windows=table,
-        trend=_trend(table, draws[metric], n=len(labels), clusters=int(units.max()) + 1),
-        alarm=first[0].astype("datetime64[D]") if len(first) else None,
-        reference=reference,
-        margin=margin,
-    )
+    trend = _trend(table, draws[metric], n=len(labels), clusters=int(units.max()) + 1)
+    return Temporal(windows=table, trend=trend)
+
+
+def first_alarm(windows: pd.DataFrame, *, reference: float, margin: float = 0.05) -> np.datetime64 | None:
+    """Return the first day of the first window that is worse than the reference by more than the margin, or None.
+
+    Worse: the whole interval lies below reference - margin (above reference + margin for errors such as "brier").
+    Flagged windows cannot alarm. Many windows are many looks: with a margin of 0 and a stable model one window in
+    forty alarms by chance.
+
+    Args:
+        windows: of `temporal_performance`.
+        reference: the value at validation that is to be held.
+        margin: the loss that would not matter, fixed before looking.
+
+    Raises:
+        PredictionsError: a margin below 0.
+    """
+    if not margin >= 0:
+        raise PredictionsError(f"the margin is {margin:g}; it is a loss that would not matter, 0 or more")
+    error = windows["metric"].isin(list(LOWER_IS_BETTER)).to_numpy()
+    low, high = windows["low"].to_numpy(), windows["high"].to_numpy()
+    beyond = np.where(error, low > reference + margin, high < reference - margin) & (windows["flag"] == "").to_numpy()
+    starts = windows["start"].to_numpy()[beyond]
+    return starts.min().astype("datetime64[D]") if len(starts) else None
 
 
 def weighted_slope(x: npt.ArrayLike, values: Floats, weight: npt.ArrayLike) -> Floats:

@@ -34,7 +34,7 @@ def decision_curve(
 
     Args:
         y: (n,) 0/1.
-        p: (n,) P(positive), calibrated: the threshold is read as a probability.
+        p: (n,) P(positive), calibrated: a threshold is read as a probability.
         thresholds: in (0, 1), ascending; 0.01, 0.02 ... 0.99 when None.
         prevalence: of the population meant, where the sample was enriched for positives; the sample's own when None.
         cluster: (n,) patient of each row; None: rows are resampled as independent.
@@ -50,11 +50,7 @@ def decision_curve(
         PredictionsError: bad scores, a threshold or a prevalence outside (0, 1).
     """
     labels, scores = check_binary(y, p)
-    t = np.arange(1, 100) / 100 if thresholds is None else np.atleast_1d(np.asarray(thresholds, dtype=np.float64))
-    if not ((t > 0) & (t < 1)).all():
-        raise PredictionsError("a decision threshold lies strictly between 0 and 1: it is the odds of harm to benefit")
-    if prevalence is not None and not 0 < prevalence < 1:
-        raise PredictionsError(f"prevalence is {prevalence:g}; it is a fraction between 0 and 1")
+    t = _thresholds(thresholds, prevalence)
     positive = labels.astype(np.float64)[:, None]
     acted = (scores[:, None] >= t).astype(np.float64)
     columns = np.hstack([acted * positive, acted * (1 - positive), positive, 1 - positive])
@@ -73,14 +69,22 @@ def decision_curve(
             "high": high,
             "treat_all": treat_all[0],
             "treat_none": 0.0,
-            "gain": gain[0],
-            "gain_low": gain_low,
-            "gain_high": gain_high,
+            **{"gain": gain[0], "gain_low": gain_low, "gain_high": gain_high},
             "acted_on": acted.mean(0),
             "n": len(labels),
             "clusters": clusters,
         }
     )
+
+
+def _thresholds(thresholds: npt.ArrayLike | None, prevalence: float | None) -> Floats:
+    """Return the thresholds (T,), 0.01, 0.02 ... 0.99 when None; they and the prevalence are checked."""
+    if prevalence is not None and not 0 < prevalence < 1:
+        raise PredictionsError(f"prevalence is {prevalence:g}; it is a fraction between 0 and 1")
+    t = np.arange(1, 100) / 100 if thresholds is None else np.atleast_1d(np.asarray(thresholds, dtype=np.float64))
+    if not ((t > 0) & (t < 1)).all():
+        raise PredictionsError("a decision threshold lies strictly between 0 and 1: it is the odds of harm to benefit")
+    return t
 
 
 def _net_benefit(sums: Floats, t: Floats, prevalence: float | None) -> tuple[Floats, Floats]:
