@@ -11,9 +11,10 @@ import torch
 import transformers
 from seeded import seeded_images, seeded_state
 
+from eosin.encoders.checkpoints import _inferred, hash_weights
 from eosin.encoders.convert import fill, infer, to_timm
 from eosin.encoders.export import from_timm
-from eosin.encoders.load import _inferred, hash_weights, load_encoder
+from eosin.encoders.load import load_encoder
 from eosin.encoders.network import Backbone, build_network, resize_position
 from eosin.encoders.spec import Tokens
 from eosin.errors import WeightsError

@@ -1,6 +1,6 @@
 """Vision transformers that turn tiles into vectors: registry, weights, pooling.
 
-Importing this package loads no torch; `load_encoder` does.
+Importing this package loads no torch; `load_encoder` does, except for `texture`.
 """
 
 from __future__ import annotations

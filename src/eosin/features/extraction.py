@@ -203,16 +203,20 @@ def _outcome(extraction: Extraction, *, seconds: float) -> Outcome:
 
 
 def _load_encoders(encoder: str | TileEncoder | Sequence[str | TileEncoder]) -> list[TileEncoder]:
-    from eosin.encoders import load_encoder
-
     several: Sequence[str | TileEncoder] = encoder if isinstance(encoder, (list, tuple)) else [encoder]  # type: ignore[list-item]
     if not several:
         raise CohortError("no encoder given; see: eosin encoders")
-    loaded: list[TileEncoder] = [load_encoder(one) if isinstance(one, str) else one for one in several]
+    loaded: list[TileEncoder] = [_load_encoder(one) if isinstance(one, str) else one for one in several]
     names = [one.spec.name for one in loaded]
     if len(set(names)) != len(names):
         raise CohortError(f"an encoder is named twice: {', '.join(names)}")
     return loaded
+
+
+def _load_encoder(name: str) -> TileEncoder:
+    from eosin.encoders import load_encoder
+
+    return load_encoder(name)
 
 
 def _specs(tiles: TileGrid | TileSpec | Sequence[TileSpec] | None) -> list[TileSpec]:
