@@ -11,7 +11,7 @@ from eosin.cli import app, main
 from eosin.cli.options import parse_mpp, parse_shard
 from eosin.features.store import FeatureStore
 
-COMMANDS = ("demo", "info", "doctor", "encoders", "tile", "extract", "verify", "convert")
+COMMANDS = ("demo", "info", "doctor", "encoders", "tile", "extract", "verify", "convert", "validate")
 
 
 def eosin(*args: object) -> Result:
