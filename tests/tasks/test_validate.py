@@ -157,6 +157,13 @@ def test_the_badly_calibrated_site_is_seen_and_the_tiny_one_flagged(full: tuple[
     assert full[0].value("subgroups.center.summary.worst site.auroc.level") != "Espoo"
 
 
+def test_the_useful_range_has_no_hole(full: tuple[Report, Path]) -> None:
+    low, high = full[0].value("usefulness.better_between")
+    inside = [row for row in full[0].value("usefulness.decision_curve") if low <= row["threshold"] <= high]
+    assert len(inside) > 10
+    assert all(row["gain_low"] > 0 for row in inside)
+
+
 def test_comparison_with_the_reference_is_a_paired_difference(full: tuple[Report, Path]) -> None:
     data = cohort()
     rows = data[data["split"] == "test"]

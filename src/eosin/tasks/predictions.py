@@ -218,8 +218,8 @@ def _parts(cells: pd.DataFrame, settings: ValidationSettings, path: Path) -> Tex
         if not (part == needed).any():
             raise CohortError(
                 f"{path}: column {settings.split!r} holds {_listed(_column(cells, settings.split))} but no {needed!r}; "
-                f"rows {TUNE!r} choose the threshold and rows {TEST!r} are scored, so both are needed; without --split all "
-                "rows are scored"
+                f"rows {TUNE!r} choose the threshold and rows {TEST!r} are scored, so both are needed; without --split "
+                "all rows are scored"
             )
     return part.astype(np.str_)
 

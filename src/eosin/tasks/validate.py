@@ -74,7 +74,7 @@ def evaluate_predictions(predictions: Path, settings: ValidationSettings) -> Rep
     """Return the report on a table of predictions, writing nothing; see `validate`."""
     read = read_predictions(predictions, settings)
     sections, not_done, remarks = _sections(read, settings)
-    remarks = sorted([*read.remarks, *remarks], key=lambda remark: remark.severity != "warning")
+    remarks = sorted([*read.remarks, *remarks], key=lambda one: (one.severity != "warning", one.kind != "sign"))
     inputs = [predictions, *([settings.readers] if settings.readers else [])]
     return Report(
         schema=SCHEMA,

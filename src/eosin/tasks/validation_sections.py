@@ -205,10 +205,12 @@ def _temperature(rows: Rows, tune: Rows, s: ValidationSettings) -> Values | None
 
 
 def usefulness(rows: Rows, s: ValidationSettings) -> Values:
-    """Return the decision curve, and between which thresholds the model is surely better than both rules."""
+    """Return the decision curve, and the longest range of thresholds where the model surely beats both rules."""
     curve = decision_curve(rows.y, rows.p, cluster=rows.cluster, resamples=CURVE_RESAMPLES, level=s.level, seed=s.seed)
-    good = curve["threshold"][curve["gain_low"] > 0]
-    between = [float(good.min()), float(good.max())] if len(good) else None
+    better = np.flatnonzero(np.asarray(curve["gain_low"]) > 0)
+    longest = max(np.split(better, np.flatnonzero(np.diff(better) > 1) + 1), key=len)
+    t = np.asarray(curve["threshold"])
+    between = [float(t[longest[0]]), float(t[longest[-1]])] if len(longest) else None
     return plain({"decision_curve": curve, "better_between": between})
 
 
