@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-import eosin
 from eosin.errors import PredictionsError
 
 PACKAGES = ("numpy", "pandas", "scipy", "scikit-learn")
@@ -145,7 +144,7 @@ def provenance(*, inputs: Sequence[Path], settings: Any, seed: int) -> dict[str,
         seed: of every random draw.
     """
     return {
-        "eosin": eosin.__version__,
+        "eosin": version("eosin"),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "inputs": [
