@@ -269,6 +269,47 @@ def _code(record: Record) -> str:
     return "`" + " ".join(record["command"].split()[:2]) + "`"
 
 
+def probe(record: Record) -> str:
+    """Seconds and error of a path of logistic regressions."""
+    rows = [
+        [
+            one["method"],
+            span(one["seconds"], 2),
+            f"{one['times_faster_than_baseline']:.2f}",
+            f"{max(one['error']):.1e}",
+        ]
+        for one in record["methods"]
+    ]
+    size = f"{record['rows']:,} x {record['dim']} features, {len(record['grid'])} strengths"
+    table = markdown([size, "seconds", "ratio", "largest error of a coefficient"], rows)
+    return f"{table}\n\n{origin(record)}"
+
+
+def bootstrap(record: Record) -> str:
+    """Seconds of the cluster bootstrap."""
+    rows = [
+        [f"{run['rows']:,} rows, {run['patients']:,} patients: {name}", span(one["seconds"], 2), f"{one['ratio']:.0f}"]
+        for run in record["runs"]
+        for name, one in run["methods"].items()
+    ]
+    table = markdown([f"{record['resamples']:,} resamples", "seconds", "ratio"], rows)
+    return f"{table}\n\nIn this run {record['note']}. {origin(record)}"
+
+
+def knn(record: Record) -> str:
+    """Queries a second of exact neighbour search."""
+    share = record["share"]
+    rows = [[name, share[name]["queries"], share[name]["queries_per_s"]] for name in ("eosin", "scikit-learn")]
+    rows.append(["matrix products alone", record["products_only"]["queries"], record["products_only"]["queries_per_s"]])
+    rows.append(["eosin, all queries", record["whole"]["queries"], record["whole"]["queries_per_s"]])
+    table = markdown(["exact search", "queries", "queries/s"], rows)
+    facts = (
+        f"The same rows for {share['same_row']:.0%} of the neighbours, {share['ratio']:.1f} times as fast; "
+        f"{record['memory_mb']['added_peak']} MB beside the {record['memory_mb']['base']} MB searched."
+    )
+    return f"{table}\n\n{facts} {origin(record)}"
+
+
 TABLES: dict[str, Table] = {
     "reading": Table(("reading",), reading),
     "tissue": Table(("tissue",), tissue),
@@ -279,6 +320,9 @@ TABLES: dict[str, Table] = {
     "memory": Table(("memory",), memory),
     "startup": Table(("startup",), startup),
     "scaled-decode": Table(("scaled_decode",), scaled_decode),
+    "probe": Table(("probe",), probe),
+    "bootstrap": Table(("bootstrap",), bootstrap),
+    "knn": Table(("knn",), knn),
     "results": Table(("reading", "tissue", "end_to_end", "startup"), results),
 }
 
