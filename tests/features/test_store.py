@@ -89,6 +89,27 @@ def store(tmp_path):
     return FeatureStore.create(tmp_path / "features", recipe())
 
 
+def test_the_table_of_tiles_is_all_but_the_features_and_reads_none(tmp_path, monkeypatch):
+    store = FeatureStore.create(tmp_path, recipe())
+    write(store, "a/one.svs")
+    whole, read = store["a/one.svs"], []
+    plain = h5py.Dataset.__getitem__
+
+    def noting(dataset, args, **options):
+        read.append(dataset.name)
+        return plain(dataset, args, **options)
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", noting)
+    table = store.tiles("one")
+    assert "/features" not in read
+    assert "/qc/focus" in read
+    assert len(table) == len(whole)
+    np.testing.assert_array_equal(table.kept, whole.kept)
+    for field in dataclasses.fields(table):
+        np.testing.assert_equal(getattr(table, field.name), getattr(whole, field.name))
+    assert {field.name for field in dataclasses.fields(whole)} - {f.name for f in dataclasses.fields(table)} == {"x"}
+
+
 def test_what_is_written_is_read(store):
     x, xy, qc, reason = write(store, "a/b.svs")
     found = store["a/b.svs"]

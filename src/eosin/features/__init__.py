@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from eosin.features.extraction import extract
-    from eosin.features.store import Features, FeatureStore
+    from eosin.features.store import Features, FeatureStore, TileTable
 
-_LAZY = {"FeatureStore": "store", "Features": "store", "extract": "extraction"}
+_LAZY = {"FeatureStore": "store", "Features": "store", "TileTable": "store", "extract": "extraction"}
 
-__all__ = ["FeatureStore", "Features", "extract"]
+__all__ = ["FeatureStore", "Features", "TileTable", "extract"]
 
 
 def __getattr__(name: str) -> object:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import h5py
 import numpy as np
@@ -17,19 +17,20 @@ from eosin.errors import StoreCorruptError, StoreError, StoreLockedError, StoreM
 from eosin.features.recipe import Recipe, canonical_json
 from eosin.features.writer import FORMAT, FORMAT_VERSION, SlideWriter, content_hash, disk_error, replace_durably, stem
 
-__all__ = ["FeatureStore", "Features", "Recipe", "SlideWriter", "VerifyRow", "stem"]
+__all__ = ["FeatureStore", "Features", "Recipe", "SlideWriter", "TileTable", "VerifyRow", "stem"]
 
 _READ_ERRORS = (OSError, KeyError, ValueError, RuntimeError, TypeError)
 _META_KEYS = ("size_px", "mpp", "fingerprint")
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Features:
-    """One slide's features.
+class TileTable:
+    """What is known of one slide's tiles beside their features: small, whatever the encoder.
 
     Attributes:
         slide_id: path of the slide relative to the input, with its suffix.
-        x: features (n, D), float32 or float16 as stored.
         xy: level-0 top-left corners (n, 2), int64.
         qc: QC columns, each (n,).
         reason: int8 (n,), why a tile is rejected; 0 = kept.
@@ -44,7 +45,6 @@ class Features:
     """
 
     slide_id: str
-    x: npt.NDArray[Any]
     xy: npt.NDArray[np.int64]
     qc: dict[str, npt.NDArray[Any]]
     reason: npt.NDArray[np.int8]
@@ -64,7 +64,18 @@ class Features:
 
     def __len__(self) -> int:
         """Return the number of rows, rejected ones included."""
-        return len(self.x)
+        return len(self.xy)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Features(TileTable):
+    """One slide's features.
+
+    Attributes:
+        x: features (n, D), float32 or float16 as stored; the other attributes are those of `TileTable`.
+    """
+
+    x: npt.NDArray[Any]
 
 
 class VerifyRow(NamedTuple):
@@ -176,11 +187,23 @@ class FeatureStore:
             StoreError: no such slide, or several; the message lists the closest.
             StoreCorruptError: the file is truncated or altered.
         """
+        return self._opened(slide_id, _read)
+
+    def tiles(self, slide_id: str) -> TileTable:
+        """Read all of one slide but its features: coordinates, quality numbers, reasons; arguments as ``store[...]``.
+
+        Raises:
+            StoreError: no such slide, or several.
+            StoreCorruptError: what is read is truncated or altered.
+        """
+        return self._opened(slide_id, _read_table)
+
+    def _opened(self, slide_id: str, read: Callable[[h5py.File, str], T]) -> T:
         slide_id = self._resolve(slide_id)
         path = self._file(slide_id)
         try:
             with h5py.File(path, "r", locking="best-effort") as file:
-                return _read(file, slide_id)
+                return read(file, slide_id)
         except _READ_ERRORS as error:
             raise StoreCorruptError(
                 f"{path} cannot be read ({error}); delete it and run eosin extract again: only this slide is redone"
@@ -312,18 +335,22 @@ class FeatureStore:
 
 
 def _read(file: h5py.File, slide_id: str) -> Features:
+    table = _read_table(file, slide_id)
+    return Features(**{field.name: getattr(table, field.name) for field in fields(table)}, x=_data(file, "features"))
+
+
+def _read_table(file: h5py.File, slide_id: str) -> TileTable:
     recipe, slide = json.loads(_text(file, "recipe")), json.loads(_text(file, "slide"))
     if Recipe.from_dict(recipe).hash != _text(file, "recipe_hash"):
         raise ValueError("the recipe does not match its hash")
     columns = {name: _data(file, f"qc/{name}") for name in _children(file, "qc")}
-    x, xy, reason = _data(file, "features"), _data(file, "coords"), _data(file, "reason")
-    lengths = {len(x), len(xy), len(reason), *(len(c) for c in columns.values())}
+    xy, reason = _data(file, "coords"), _data(file, "reason")
+    lengths = {len(_dataset(file, "features")), len(xy), len(reason), *(len(c) for c in columns.values())}
     if len(lengths) != 1:
         raise ValueError(f"datasets of different lengths {sorted(lengths)}")
     size0 = slide.get("size0_px")
-    return Features(
+    return TileTable(
         slide_id=slide_id,
-        x=x,
         xy=xy,
         qc=columns,
         reason=reason,
@@ -339,10 +366,14 @@ def _read(file: h5py.File, slide_id: str) -> Features:
 
 
 def _data(group: h5py.Group, name: str) -> npt.NDArray[Any]:
+    return _dataset(group, name)[...]
+
+
+def _dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     item = group[name]
     if not isinstance(item, h5py.Dataset):
         raise ValueError(f"{name} is not a dataset")
-    return item[...]
+    return item
 
 
 def _children(file: h5py.File, name: str) -> list[str]:

@@ -68,7 +68,7 @@ def run_demo(out: Path, *, encoder: str | None = None, say: Callable[[str], None
         "page": str(page),
         "encoder": model.spec.name,
         "slide_id": SLIDE_NAME,
-        "tiles": len(store[SLIDE_NAME]),
+        "tiles": len(store.tiles(SLIDE_NAME)),
         "made": _made(out, page, slide_path, store, dense),
     }
 

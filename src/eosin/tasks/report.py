@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import eosin
-from eosin.features.store import Features, FeatureStore
+from eosin.features.store import Features, FeatureStore, TileTable
 from eosin.slides import Slide
 from eosin.tasks.pictures import (
     OUTLINE_COLOR,
@@ -58,30 +58,30 @@ def slide_page(store: FeatureStore, slide_id: str, slide: Slide, *, dense: Featu
         dense: a store of the same encoder with overlapping tiles, for a finer picture of
             the features; `store` itself when None.
     """
-    features = store[slide_id]
+    tiles = store.tiles(slide_id)
     thumbnail, downsample = slide.thumbnail(THUMBNAIL_PX)
     size = (thumbnail.shape[1], thumbnail.shape[0])
     mask = TissueMask.from_geojson(store.path / "tissue" / f"{slide_id}.geojson", slide)
-    painted_from = dense[slide_id] if dense is not None else features
-    painted = _paint_features(painted_from, mask, size, downsample)
-    tile_um = (features.tile_px or 0) * (features.mpp or 0)
+    features = (store if dense is None else dense)[slide_id]
+    painted = _paint_features(features, mask, size, downsample)
+    tile_um = (tiles.tile_px or 0) * (tiles.mpp or 0)
     encoder = store.recipe.encoder
     page = {
         "title": f"eosin: {slide_id}",
         "heading": slide_id,
-        "lead": f"{len(features)} tiles of {features.tile_px} px at {features.mpp:g} microns per pixel "
+        "lead": f"{len(tiles)} tiles of {tiles.tile_px} px at {tiles.mpp:g} microns per pixel "
         f"({tile_um:.0f} µm), each turned into {features.x.shape[1]} numbers by the encoder {encoder['name']}.",
-        "cards": _cards(features),
+        "cards": _cards(tiles),
         "thumbnail": data_uri(jpeg_bytes(thumbnail), "image/jpeg"),
-        "layers": _layers(features, mask, painted, size, downsample),
+        "layers": _layers(tiles, mask, painted, size, downsample),
         "pca": data_uri(jpeg_bytes(overlay(thumbnail, painted)), "image/jpeg"),
-        "pca_caption": f"The first three principal components of {len(painted_from)} feature vectors as red, green "
+        "pca_caption": f"The first three principal components of {len(features)} feature vectors as red, green "
         "and blue, painted back where the tiles lie. Like colours mean that the encoder finds the tissue alike; the "
         "colours themselves mean nothing.",
-        "plots": _plots(features),
-        "examples": _examples(features, slide),
-        "record": _record(store, features),
-        "tiles_json": Markup(_hover(features)),
+        "plots": _plots(tiles),
+        "examples": _examples(tiles, slide),
+        "record": _record(store, tiles),
+        "tiles_json": Markup(_hover(tiles)),
         "footer": f"Made by eosin {eosin.__version__}.",
     }
     return _render("slide.html.j2", page)
@@ -120,11 +120,11 @@ def _render(template: str, page: dict[str, Any]) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return "" if np.isnan(value) else f"{value:.4g}"
-    return "" if value is None else str(value)
+    return "" if value is None or value is pd.NA else str(value)
 
 
-def _cards(features: Features) -> list[tuple[str, str]]:
-    slide = features.slide
+def _cards(table: TileTable) -> list[tuple[str, str]]:
+    slide = table.slide
     ledger = slide.get("mpp") or {}
     width, height = slide["size_px"]
     area = (slide.get("tissue") or {}).get("area_mm2")
@@ -132,9 +132,9 @@ def _cards(features: Features) -> list[tuple[str, str]]:
         (f"{width} × {height}", "level-0 pixels"),
         (f"{ledger.get('x'):.4g}", f"microns per pixel, from {ledger.get('source')}"),
         (f"{area:.3g} mm²" if area is not None else "-", "tissue"),
-        (f"{int(features.kept.sum())} of {len(features)}", "tiles pass the default quality rules"),
-        (str(len(features.background_xy)), "positions are background"),
-        (str(len(features.unreadable_xy)), "tiles could not be read"),
+        (f"{int(table.kept.sum())} of {len(table)}", "tiles pass the default quality rules"),
+        (str(len(table.background_xy)), "positions are background"),
+        (str(len(table.unreadable_xy)), "tiles could not be read"),
     ]
 
 
@@ -154,29 +154,29 @@ def _paint_features(
 
 
 def _layers(
-    features: Features,
+    table: TileTable,
     mask: TissueMask,
     painted: Pixels,
     size: tuple[int, int],
     downsample: tuple[float, float],
 ) -> list[dict[str, Any]]:
-    assert features.size0_px is not None
+    assert table.size0_px is not None
 
     def layer(name: str, pixels: Pixels, color: tuple[int, int, int], count: object, on: bool) -> dict[str, Any]:
         uri = data_uri(png_bytes(pixels), "image/png")
         return {"name": name, "uri": uri, "color": f"rgb{color}", "count": count, "on": on}
 
     layers = [layer("features (PCA)", painted, (150, 90, 190), "", False)]
-    groups = [(REASONS[code], features.xy[features.reason == code]) for code in range(len(REASONS))]
+    groups = [(REASONS[code], table.xy[table.reason == code]) for code in range(len(REASONS))]
     groups[REASONS.index("background")] = (
         "background",
-        np.concatenate([features.background_xy, groups[REASONS.index("background")][1]]),
+        np.concatenate([table.background_xy, groups[REASONS.index("background")][1]]),
     )
-    groups[REASONS.index("unreadable")] = ("unreadable", features.unreadable_xy)
+    groups[REASONS.index("unreadable")] = ("unreadable", table.unreadable_xy)
     for name, xy in groups:
         if len(xy):
             color = REASON_COLORS[name]
-            pixels = tiles_layer(size, downsample, [(xy, color)], features.size0_px)
+            pixels = tiles_layer(size, downsample, [(xy, color)], table.size0_px)
             layers.append(layer(name, pixels, color, len(xy), on=name != "background"))
     layers.append(layer("tissue outline", outline_layer(mask, size, downsample), OUTLINE_COLOR, "", on=True))
     return layers
@@ -188,21 +188,21 @@ def _figure_uri(figure: Any) -> str:
     return data_uri(file.getvalue(), "image/svg+xml")
 
 
-def _plots(features: Features) -> list[dict[str, str]]:
+def _plots(table: TileTable) -> list[dict[str, str]]:
     """Return a histogram a quality number, stacked by reason, with no trace of when it was drawn."""
     from matplotlib.figure import Figure
 
-    present = [code for code in range(len(REASONS)) if (features.reason == code).any()]
+    present = [code for code in range(len(REASONS)) if (table.reason == code).any()]
     plots = []
     for name, caption in PLOTTED.items():
-        if name not in features.qc:
+        if name not in table.qc:
             continue
-        values = features.qc[name]
+        values = table.qc[name]
         figure = Figure(figsize=(3.4, 2.1), layout="constrained")
         axes = figure.subplots()
         bins = np.histogram_bin_edges(values, bins=24)
         axes.hist(
-            [values[features.reason == code] for code in present],
+            [values[table.reason == code] for code in present],
             bins=list(bins),
             stacked=True,
             color=[f"#{bytes(REASON_COLORS[REASONS[code]]).hex()}" for code in present],
@@ -214,19 +214,19 @@ def _plots(features: Features) -> list[dict[str, str]]:
     return plots
 
 
-def _examples(features: Features, slide: Slide) -> list[dict[str, str]]:
+def _examples(table: TileTable, slide: Slide) -> list[dict[str, str]]:
     """Return a strip of example tiles for each reason, kept ones from least to most in focus."""
-    if features.tile_px is None or features.mpp is None:
+    if table.tile_px is None or table.mpp is None:
         return []
-    plan = slide.plan(tile_px=features.tile_px, mpp=features.mpp)
+    plan = slide.plan(tile_px=table.tile_px, mpp=table.mpp)
     rows = []
     for code, reason in enumerate(REASONS):
-        where = np.flatnonzero(features.reason == code)
+        where = np.flatnonzero(table.reason == code)
         if not len(where):
             continue
-        where = where[np.argsort(features.qc["focus"][where], kind="stable")]
+        where = where[np.argsort(table.qc["focus"][where], kind="stable")]
         picked = where[np.unique(np.linspace(0, len(where) - 1, 9).astype(int))]
-        tiles = [slide.read_tile((int(x), int(y)), plan).rgb for x, y in features.xy[picked]]
+        tiles = [slide.read_tile((int(x), int(y)), plan).rgb for x, y in table.xy[picked]]
         strip = _strip(tiles)
         order = ", from least to most in focus" if len(picked) > 1 else ""
         caption = f"{reason}: {len(picked)} of {len(where)} tiles{order}."
@@ -245,9 +245,9 @@ def _strip(tiles: list[Pixels]) -> Pixels:
     return np.asarray(strip)
 
 
-def _record(store: FeatureStore, features: Features) -> list[tuple[str, str]]:
+def _record(store: FeatureStore, table: TileTable) -> list[tuple[str, str]]:
     recipe = store.recipe
-    encoder, ledger = recipe.encoder, features.slide.get("mpp") or {}
+    encoder, ledger = recipe.encoder, table.slide.get("mpp") or {}
     rows = [
         (
             "encoder",
@@ -256,29 +256,29 @@ def _record(store: FeatureStore, features: Features) -> list[tuple[str, str]]:
         ("weights", encoder.get("weights_hash") or "none"),
         ("precision", recipe.precision),
         ("tiles", json.dumps(recipe.tile)),
-        ("tissue", json.dumps(features.slide.get("tissue"))),
+        ("tissue", json.dumps(table.slide.get("tissue"))),
         ("quality rules", "; ".join(recipe.qc.get("rules", []))),
         ("stain", json.dumps(recipe.stain) if recipe.stain else "as scanned"),
         ("microns per pixel", json.dumps(ledger)),
-        ("reader", str(features.slide.get("reader"))),
-        ("slide fingerprint", str(features.slide.get("slide_fingerprint"))),
+        ("reader", str(table.slide.get("reader"))),
+        ("slide fingerprint", str(table.slide.get("slide_fingerprint"))),
         ("recipe hash", recipe.hash),
     ]
     return [(name, html.unescape(str(value))) for name, value in rows]
 
 
-def _hover(features: Features) -> str:
+def _hover(table: TileTable) -> str:
     """Return what the page's pointer needs, as JSON safe inside a script element."""
-    count = min(len(features), HOVER_TILES)
-    names = [name for name in PLOTTED if name in features.qc]
+    count = min(len(table), HOVER_TILES)
+    names = [name for name in PLOTTED if name in table.qc]
     content = {
-        "size": features.slide["size_px"],
-        "tile": list(features.size0_px or (0, 0)),
-        "xy": features.xy[:count].tolist(),
-        "reason": features.reason[:count].tolist(),
+        "size": table.slide["size_px"],
+        "tile": list(table.size0_px or (0, 0)),
+        "xy": table.xy[:count].tolist(),
+        "reason": table.reason[:count].tolist(),
         "reasons": list(REASONS),
         "names": names,
-        "qc": [[round(float(v), 3) for v in features.qc[name][:count]] for name in names],
+        "qc": [[round(float(v), 3) for v in table.qc[name][:count]] for name in names],
     }
     return json.dumps(content).replace("<", "\\u003c")
 
