@@ -59,9 +59,7 @@ def tissue_mask(slide: Slide, *, mpp: float = MASK_MPP, method: str = "auto") ->
     x, y, width, height = slide.bounds
     left, top = round(x / dx), round(y / dy)
     rgb = rgb[top : max(top + 1, round((y + height) / dy)), left : max(left + 1, round((x + width) / dx))]
-    mask, params = segment_tissue(
-        rgb, pixel_um=(dx * slide_mpp.x, dy * slide_mpp.y), where=str(slide.path or "the slide")
-    )
+    mask, params = segment_tissue(rgb, pixel_um=(dx * slide_mpp.x, dy * slide_mpp.y), where=slide.name)
     return TissueMask(mask, (dx, dy), (left * dx, top * dy), "od-texture", params)
 
 
