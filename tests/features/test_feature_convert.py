@@ -317,6 +317,38 @@ def test_lazyslide_s_table(tmp_path):
     assert (found.slide_size_px, found.slide_mpp) == ((4000, 3000), (0.25, 0.25))
 
 
+def test_trident_s_patches_hold_the_same_tiles(store, tmp_path):
+    """TRIDENT's own layout: coordinates in a file of their own, which encoders share; attributes on the dataset."""
+    written = convert(store.path, tmp_path / "out", to="trident")
+    assert [path.relative_to(tmp_path / "out").as_posix() for path in written] == [
+        "features_dinov2-vits14/a/one.h5",
+        "patches/a/one_patches.h5",
+        "features_dinov2-vits14/b/two.h5",
+        "patches/b/two_patches.h5",
+    ]
+    for features, patches in (written[:2], written[2:]):
+        with h5py.File(features) as one, h5py.File(patches) as two:
+            assert list(two) == ["coords"]
+            np.testing.assert_array_equal(one["coords"][:], two["coords"][:])
+            assert (two["coords"].dtype, two["coords"].maxshape) == (np.int64, (None, 2))
+            needed = {"patch_size", "patch_size_level0", "level0_magnification", "target_magnification", "overlap"}
+            assert set(two["coords"].attrs) == needed | {"name", "savetodir", "level0_width", "level0_height"}
+            assert dict(one["coords"].attrs) == dict(two["coords"].attrs)
+
+
+def test_encoders_share_trident_s_patches_only_if_they_are_the_same(store, tmp_path):
+    convert(store.path, tmp_path, to="trident")
+    for folder, rows in (("same", slice(None)), ("other", slice(1, None))):
+        source = store["a/one.svs"]
+        features = {"features": source.x[source.kept][rows], "coords": source.xy[source.kept][rows]}
+        (tmp_path / folder / "a").mkdir(parents=True)
+        np.savez(tmp_path / folder / "a" / "one.npz", **features)
+    found = convert(tmp_path / "same", tmp_path, to="trident", encoder="texture")
+    assert found[0] == tmp_path / "features_texture" / "a" / "one.h5"
+    with pytest.raises(ConvertError, match="other tiles"):
+        convert(tmp_path / "other", tmp_path, to="trident", encoder="uni")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_torchmil_reads_a_store(tmp_path):
@@ -324,7 +356,7 @@ def test_torchmil_reads_a_store(tmp_path):
     datasets = pytest.importorskip("torchmil.datasets", reason="torchmil is not installed")
     store = make_store(tmp_path / "flat", ids=("one.svs", "two.ndpi"))
     convert(store.path, tmp_path / "trident", to="trident")
-    for folder, rows in ((store.path, False), (tmp_path / "trident", True)):
+    for folder, rows in ((store.path, False), (tmp_path / "trident" / "features_dinov2-vits14", True)):
         keys = ["X", "adj", "coords"]
         bags = datasets.ProcessedMILDataset(
             features_path=str(folder), coords_path=str(folder), bag_keys=keys, file_ext=".h5", dist_thr=600.0

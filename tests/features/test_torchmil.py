@@ -10,7 +10,6 @@ torchmil is 0.2 MB and what it needs beside torch 20 MB more, for one test: it i
 from __future__ import annotations
 
 import csv
-import shutil
 from pathlib import Path
 
 import h5py
@@ -116,10 +115,7 @@ def test_torchmil_trains_on_a_store(store: FeatureStore, tmp_path: Path) -> None
         np.testing.assert_array_equal(bag["coords"].numpy(), store[name].xy)
 
     base = tmp_path / "10x_64px_0px_overlap"
-    convert(store.path, base / "features_mean", to="trident")
-    (base / "patches").mkdir()
-    for name in NAMES:
-        shutil.copy(base / "features_mean" / f"{name}.h5", base / "patches" / f"{name}_patches.h5")
+    convert(store.path, base, to="trident")
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("slide", "label"), *((f"{n}.svs", i) for i, n in enumerate(NAMES))])
     layout = datasets.TridentWSIDataset(

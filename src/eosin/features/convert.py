@@ -96,7 +96,7 @@ def convert(
         if name in taken:
             raise ConvertError(f"{taken[name]} and {item.name} would both be {name}; convert them into two folders")
         taken[name] = item.name
-        _refuse_overwriting(dst, name)
+        _refuse_overwriting(dst, name, item.encoder)
         if item.reason is not None and to not in KEEPS_REASONS and not rejected:
             item = _rows(item, item.reason == 0)
         written += WRITERS[to](item, dst, name)
@@ -162,7 +162,10 @@ def _sources(src: Path) -> list[tuple[str, Path, str]]:
         if fmt is not None:
             name = path.relative_to(src).with_suffix("")
             layout = {"clam": "h5_files", "slide2vec": "tile_embeddings", "atlaspatch": "patches"}.get(fmt)
-            name = Path(*(part for part in name.parts if part != layout))
+            folders = [part for part in name.parts[:-1] if part != layout]
+            if fmt == "trident":
+                folders = [part for part in folders if not part.startswith("features_")]
+            name = Path(*folders, name.name)
             found.append((fmt, path, name.as_posix()))
     if not found:
         raise ConvertError(f"{src} holds no tile features that eosin knows; it reads {', '.join(FORMATS)}")
@@ -200,8 +203,11 @@ def _read(fmt: str, path: Path, name: str, options: _Options) -> ForeignFeatures
     return replace(item, slide_mpp=options.slide_mpp or item.slide_mpp, encoder=item.encoder or options.encoder or "")
 
 
-def _refuse_overwriting(dst: Path, name: str) -> None:
-    for folder in (dst, dst / "h5_files", dst / "patches", dst / "tile_embeddings"):
+def _refuse_overwriting(dst: Path, name: str, encoder: str) -> None:
+    for folder in (
+        dst,
+        *(dst / part for part in ("h5_files", "patches", "tile_embeddings", h5.features_folder(encoder))),
+    ):
         for suffix in _SUFFIXES:
             if (folder / (name + suffix)).exists():
                 raise ConvertError(f"{folder / (name + suffix)} is in the way; delete it or give another folder")

@@ -162,19 +162,42 @@ def _read_atlaspatch(file: h5py.File, name: str, encoder: str | None) -> Foreign
     return ForeignFeatures(x=_array(group, encoder), xy=corners(coords[:, :2], name), **found)
 
 
+def features_folder(encoder: str) -> str:
+    """Return the folder TRIDENT keeps an encoder's features in, for any name of an encoder."""
+    return "features_" + (encoder or "unknown").replace("/", "--").replace(":", "--")
+
+
 def write_trident(item: ForeignFeatures, dst: Path, name: str) -> list[Path]:
-    """Write ``<name>.h5`` as TRIDENT's ``features_<encoder>/`` holds it."""
-    path = dst / f"{name}.h5"
+    """Write ``features_<encoder>/<name>.h5`` and ``patches/<name>_patches.h5``, TRIDENT's names in its folder of tiles.
+
+    Several encoders of the same tiles share the second file.
+
+    Raises:
+        ConvertError: the second is there and holds other tiles.
+    """
+    path, patches = dst / features_folder(item.encoder) / f"{name}.h5", dst / "patches" / f"{name}_patches.h5"
     common = {"name": stem(name), "savetodir": ""}
+    attributes = {**common, **_level0_attributes(item)}
+    if patches.exists():
+        with h5py.File(patches, "r", locking="best-effort") as file:
+            if not np.array_equal(_array(file, "coords"), item.xy):
+                raise ConvertError(f"{patches} is in the way: it holds other tiles; delete it or give another folder")
+    else:
+        with new_file(patches) as temporary, h5py.File(temporary, "w") as file:
+            _write_coords(file, item, attributes)
     with new_file(path) as temporary, h5py.File(temporary, "w") as file:
         features = file.create_dataset("features", data=item.x, chunks=_chunks(item.x), track_times=False)
-        coords = file.create_dataset("coords", data=item.xy, chunks=_chunks(item.xy), track_times=False)
         for key, value in {**common, "encoder": item.encoder or None}.items():
             features.attrs[key] = "None" if value is None else value
-        for key, value in {**common, **_level0_attributes(item)}.items():
-            coords.attrs[key] = "None" if value is None else value
+        _write_coords(file, item, attributes)
         file.attrs[CARD] = item.card()
-    return [path]
+    return [path, patches]
+
+
+def _write_coords(file: h5py.File, item: ForeignFeatures, attributes: dict[str, Any]) -> None:
+    coords = file.create_dataset("coords", data=item.xy, chunks=_chunks(item.xy), maxshape=(None, 2), track_times=False)
+    for key, value in attributes.items():
+        coords.attrs[key] = "None" if value is None else value
 
 
 def write_clam(item: ForeignFeatures, dst: Path, name: str) -> list[Path]:
