@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from eosin.errors import NotBrightfieldError, NoTissueError, TissueError
 from eosin.slides import open_slide
-from eosin.tiles import tissue_mask
+from eosin.tiles import filters, tissue_mask
 from eosin.tiles.tissue import segment_tissue
 
 UM = (8.0, 8.0)
@@ -54,6 +55,30 @@ def test_agrees_with_the_drawn_mask(drawn, case: str, least: float):
     found, params = segment_tissue(rgb, pixel_um=UM)
     assert drawn.iou(found, truth) >= least
     assert params["tissue_share"] == pytest.approx(found.mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize("case", ["H&E", "pen, blue", "noise, JPEG 45", "grey vignette", "fat"])
+def test_no_bit_depends_on_the_bands_of_rows(drawn, case: str, monkeypatch):
+    rgb, _ = drawn.CASES[case](np.random.default_rng(3))
+    answers = []
+    for rows in (10**6, 128, 37, 1):
+        monkeypatch.setattr(filters, "BAND_ROWS", rows)
+        answers.append(segment_tissue(rgb[:: 8 if rows == 1 else 1], pixel_um=UM))
+    for mask, params in answers[1:3]:
+        np.testing.assert_array_equal(mask, answers[0][0])
+        assert params == answers[0][1]
+    monkeypatch.setattr(filters, "BAND_ROWS", 10**6)
+    np.testing.assert_array_equal(answers[3][0], segment_tissue(rgb[::8], pixel_um=UM)[0])
+
+
+def test_a_pixel_of_the_thumbnail_costs_some_twenty_bytes(drawn):
+    """A large slide's thumbnail has 4096 x 4096 pixels: with every plane held whole that would be 1.4 GB."""
+    rgb = np.tile(drawn.CASES["pen, green"](np.random.default_rng(1))[0], (2, 2, 1))
+    tracemalloc.start()
+    segment_tissue(rgb, pixel_um=UM)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / (rgb.shape[0] * rgb.shape[1]) < 26
 
 
 def test_pen_and_dust_alone_are_no_tissue(drawn):
