@@ -267,6 +267,21 @@ def test_a_bias_of_the_keys_has_no_place_in_dinov3() -> None:
         export_state(built(config).state_dict(), config, "dinov3")
 
 
+@pytest.mark.parametrize("name", ["masked-key", "rope"])
+def test_what_is_left_in_a_masked_bias_is_exported_as_zero(name: str) -> None:
+    config = CONFIGS[name]
+    model = built(config)
+    expected = run(model, (3, 3))
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.bias[128:256] = 3.0  # type: ignore[index, union-attr]
+    for layout in (family(config), f"hf-{family(config)}"):
+        exported = export_state(model.state_dict(), config, layout)
+        second = VisionTransformer(config).eval()
+        load_weights(second, exported)
+        assert not second.blocks[1].attn.qkv.bias[128:256].any()  # type: ignore[index, union-attr]
+        assert torch.equal(run(second, (3, 3)), expected)
+
+
 @pytest.mark.parametrize(
     ("config", "layout"), [(LEARNED, "dinov3"), (LEARNED, "hf-dinov3"), (ROPE, "dinov2"), (ROPE, "x")]
 )

@@ -427,6 +427,22 @@ def test_a_model_from_the_meta_device_gets_initial_values() -> None:
     assert not values["blocks.0.attn.qkv.bias"].any()
 
 
+@pytest.mark.slow
+def test_training_pass_is_one_graph_for_the_compiler() -> None:
+    model = built(dataclasses.replace(ROPE, drop_path=0.3, rope_rescale=2.0, depth=1)).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    crops = [seeded_images(16 * n, 16 * n).repeat(2, 1, 1, 1) for n in (4, 2)]
+    masks = [torch.arange(16).expand(4, -1) % 3 == 0, None]
+    found = []
+    for each in (compiled, model):
+        torch.manual_seed(5)
+        model.zero_grad()
+        each(crops, masks)[1].cls.square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert found[1].abs().sum() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
 # ---- bad input
 
 

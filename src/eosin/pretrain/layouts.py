@@ -61,7 +61,7 @@ def load_weights(model: VisionTransformer, checkpoint: str | Path | Mapping[str,
     """Fill a model completely from a checkpoint of any known layout.
 
     Args:
-        model: changed in place; also one on the meta device.
+        model: changed in place, before it is sharded; also one on the meta device.
         checkpoint: a file, or what `torch.load` or safetensors gave.
         what: the checkpoint's name in errors; "" takes the file's.
 
