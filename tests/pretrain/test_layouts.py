@@ -134,17 +134,22 @@ def test_an_exported_file_is_an_encoder(name: str, layout: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_in_bf16_is_half_as_big_and_nearly_the_same(tmp_path: Path) -> None:
-    config = CONFIGS["registers"]
+@pytest.mark.parametrize("name", ["learned", "registers", "swiglu", "rope"])
+def test_a_file_in_bf16_is_half_as_big_and_the_same_encoder(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
     model = built(config)
     full = save_encoder(tmp_path / "a.safetensors", model.state_dict(), config)
     half = save_encoder(tmp_path / "b.safetensors", model.state_dict(), config, dtype=torch.bfloat16)
     assert half.stat().st_size < 0.52 * full.stat().st_size
     other = VisionTransformer(config).eval()
     load_weights(other, half)
-    assert all(parameter.dtype == torch.float32 for parameter in other.parameters())
-    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
-        assert torch.equal(a.bfloat16().float(), b)
+    for (key, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert b.dtype == torch.float32
+        assert torch.equal(a if key == "cls_token" else a.bfloat16().float(), b), key
+    encoder = eosin.load_encoder(half, device="cpu", precision="fp32", backend="torch")
+    side = 5 * config.patch_px
+    images = seeded_images(side, side)
+    assert (encoder(images).cls - run(other, (5, 5))[:, 0]).abs().max() <= 1e-5  # type: ignore[arg-type]
 
 
 def test_a_teacher_of_a_training_run_is_loaded_and_its_heads_are_listed(tmp_path: Path) -> None:

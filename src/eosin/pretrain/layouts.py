@@ -170,7 +170,7 @@ def save_encoder(
         state: see `export_state`.
         config: its geometry.
         layout: see `export_state`; None is the official one of the geometry.
-        dtype: of the floating tensors in the file.
+        dtype: of the tensors in the file, but for the class token.
 
     Raises:
         WeightsError: see `export_state`; also a geometry that a reader could not tell from the shapes.
@@ -188,7 +188,9 @@ def save_encoder(
     broken = [key for key, value in out.items() if not value.isfinite().all()]
     if broken:
         raise NonFiniteError(f"{path.name} is not written: NaN or infinity in {', '.join(broken[:8])}")
-    tensors = {key: value.detach().to("cpu", dtype).contiguous().clone() for key, value in out.items()}
+    # The class token stays exact: readers add the position of cls to it in the precision of the file.
+    kinds = {key: torch.float32 if key.endswith("cls_token") else dtype for key in out}
+    tensors = {key: value.detach().to("cpu", kinds[key]).contiguous().clone() for key, value in out.items()}
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     replace_durably(temporary, path)
