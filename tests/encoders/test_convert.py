@@ -227,3 +227,10 @@ def test_position_embedding_keeps_constants_and_prefix(how) -> None:
     assert torch.equal(resized[:, :1], position[:, :1])
     torch.testing.assert_close(resized[:, 1:], torch.full((1, 21, 3), 2.0))
     assert resize_position(position, (5, 5), how, prefix=1) is position
+
+
+@pytest.mark.parametrize("key", ["cls_token", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"])
+def test_a_key_the_architecture_is_told_by_is_named_when_it_lacks(key: str) -> None:
+    state = {name: tensor for name, tensor in _official().items() if name != key}
+    with pytest.raises(WeightsError, match=f"lacks '?{key}"):
+        infer(to_timm(state))

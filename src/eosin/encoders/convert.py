@@ -284,6 +284,8 @@ def _positions(state: State, layout: Layout) -> None:
         return
     position = position[None] if position.ndim == 2 else position
     if layout.position_has_cls and "reg_token" in state:
+        if "cls_token" not in state:
+            raise WeightsError("this checkpoint has registers and positions but lacks 'cls_token'")
         state["cls_token"] = state["cls_token"] + position[:, :1]
         position = position[:, 1:]
     state["pos_embed"] = position
@@ -310,12 +312,16 @@ def infer(converted: Converted) -> tuple[str, dict[str, Any]]:
         WeightsError: no class token or patch embedding, or a width that is no multiple of 64.
     """
     state = converted.state
-    try:
-        width = state["cls_token"].shape[-1]
-        patch_px = state["patch_embed.proj.weight"].shape[-1]
-        hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
-    except KeyError as error:
-        raise WeightsError(f"this checkpoint is no vision transformer with a class token: it lacks {error}") from None
+    needed = ["cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc2.weight"]
+    needed += ["blocks.0.mlp.fc1.weight"] if "pos_embed" in state else []
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise WeightsError(
+            f"this checkpoint is no vision transformer with a class token: it lacks {', '.join(missing)}"
+        )
+    width = state["cls_token"].shape[-1]
+    patch_px = state["patch_embed.proj.weight"].shape[-1]
+    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     head_dim = converted.head_dim or 64
     if width % head_dim:
