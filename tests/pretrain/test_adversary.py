@@ -102,6 +102,13 @@ def test_strength_zero_is_bit_for_bit_no_adversary():
     assert not all(torch.equal(a, b) for a, b in zip(without, some, strict=True))
 
 
+def test_at_strength_zero_not_even_a_broken_head_reaches_the_features():
+    head, z = AdversaryHead(8, 3).eval(), torch.randn(6, 8, requires_grad=True)
+    torch.nn.init.constant_(head.layers[1].weight, math.nan)
+    (z.square().sum() + adversary_loss(head(z, strength=0.0), LABELS)).backward()
+    assert torch.equal(z.grad, 2 * z.detach())
+
+
 @pytest.mark.parametrize(("anchor", "sign"), [(False, 1), (True, -1)])
 def test_a_step_of_the_encoder_makes_the_factor_harder_or_easier_to_read(anchor, sign):
     torch.manual_seed(0)

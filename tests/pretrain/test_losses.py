@@ -302,6 +302,15 @@ def test_koleo_is_finite_in_half_precision_with_duplicates(dtype, autocast):
     assert z.grad[4:].abs().max() > 0
 
 
+def test_koleo_gives_exact_twins_no_direction():
+    z = torch.randn(1, 64).repeat(3, 1).requires_grad_()
+    koleo(z).backward()
+    assert not z.grad.any()
+    near = (z.detach() + 1e-3 * torch.randn(3, 64)).requires_grad_()
+    koleo(near).backward()
+    assert near.grad.abs().sum(dim=1).min() > 0
+
+
 def mean_cosine(z):
     similarity = pairwise_cosine_similarity(z.detach(), zero_diagonal=True)
     return float(similarity.sum()) / (len(z) * (len(z) - 1))
