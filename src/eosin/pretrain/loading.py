@@ -267,12 +267,10 @@ class Source(ABC):
         for part in ahead.parts:
             self._take_in(part, tiles[len(samples) : len(samples) + len(part.samples)])
             samples += part.samples
-        # What was read ahead from a unit that was lost meanwhile does not count: without readers it would not be.
-        failed = self._settle(ahead.step, range(ahead.size), samples, self._lost(ahead.step))
+        failed = self._settle(ahead.step, range(ahead.size), samples)
         while failed:
-            lost = self._lost(ahead.step + 1)
             for index in failed:
-                self._draw_again(samples[index], lost)
+                self._draw_again(samples[index], self._lost(ahead.step + 1))
             slot = self._pool.free.popleft()
             for at in range(0, len(failed), self._chunk):
                 indices = failed[at : at + self._chunk]
@@ -280,7 +278,7 @@ class Source(ABC):
                 self._take_in(self._send_part([samples[i] for i in indices], slot), read, keep_slot=True)
                 tiles[indices] = read
             self._pool.free.append(slot)
-            failed = self._settle(ahead.step, failed, samples, lost)
+            failed = self._settle(ahead.step, failed, samples)
         return Batch(
             tiles=torch.from_numpy(tiles),
             slide=torch.from_numpy(self._slide_of[[sample.draw.unit for sample in samples]]),
@@ -308,40 +306,52 @@ class Source(ABC):
             outcomes = self._pool.result(part.ticket)
             tiles[:] = self._pool.slot(part.slot, shape)
         except (ReaderCrashError, SlideError) as error:
-            # One of these killed its reader or broke in a new way: singly, the culprit is known.
-            if len(part.samples) == 1:
-                outcomes = [Outcome(False, reason=str(error), lost=True)]
-            else:
-                for index, sample in enumerate(part.samples):
-                    single = self._send_part([sample], part.slot)
-                    self._take_in(single, tiles[index : index + 1], keep_slot=True)
-                outcomes = [sample.outcome for sample in part.samples]
+            outcomes = self._singly(part, tiles, str(error))
         for sample, outcome in zip(part.samples, outcomes, strict=True):
             sample.outcome = outcome
         if not keep_slot:
             self._pool.free.append(part.slot)
 
-    def _settle(
-        self, step: int, indices: Sequence[int], samples: list[_Sample], lost: npt.NDArray[np.bool_]
-    ) -> list[int]:
-        """Count what became of the samples, leave out units that broke, and return which must be drawn anew."""
-        failed: list[int] = []
+    def _singly(self, part: _Part, tiles: npt.NDArray[np.uint8], reason: str) -> list[Outcome]:
+        """Read a part again tile by tile, because one of them killed its reader or broke in a new way."""
+        if len(part.samples) == 1:
+            return [Outcome(False, reason=reason, lost=True)]
+        culprits: set[int] = set()
+        for index, sample in enumerate(part.samples):
+            if sample.draw.unit in culprits:
+                sample.outcome = Outcome(False)
+                continue
+            self._take_in(self._send_part([sample], part.slot), tiles[index : index + 1], keep_slot=True)
+            if sample.outcome.lost:
+                culprits.add(sample.draw.unit)
+        return [sample.outcome for sample in part.samples]
+
+    def _settle(self, step: int, indices: Sequence[int], samples: list[_Sample]) -> list[int]:
+        """Leave out units that broke, count what became of the others' samples, return those to be drawn anew.
+
+        With a unit go all samples drawn from it together, also those that could be read: which ones were read
+        before it broke, or ahead of this step, depends on the readers, and the batch must not.
+        """
         for index in indices:
             draw, outcome = samples[index].draw, samples[index].outcome
-            if lost[draw.unit]:
-                failed.append(index)
-                continue
-            row = self._counts[self._slide_of[draw.unit]]
-            tested = outcome.tried if outcome.ok else len(draw.skipped) - 1
-            row += (outcome.ok, draw.skipped[tested], outcome.hsv, outcome.unreadable)
-            if outcome.ok:
-                continue
-            failed.append(index)
             reason = outcome.reason if outcome.lost else None
-            if not outcome.lost and outcome.unreadable and outcome.hsv == 0:
+            if not outcome.ok and not outcome.lost and outcome.unreadable and not outcome.hsv:
                 reason = self._still_broken(draw)
             if reason is not None and self._lost_at[draw.unit] > step:
                 self._exclude(draw.unit, step, reason)
+        lost = self._lost(step + 1)
+        failed: list[int] = []
+        for index in indices:
+            draw, outcome = samples[index].draw, samples[index].outcome
+            row = self._counts[self._slide_of[draw.unit]]
+            if lost[draw.unit]:
+                row[COUNTS.index("unreadable")] += outcome.unreadable
+                failed.append(index)
+                continue
+            tested = outcome.tried if outcome.ok else len(draw.skipped) - 1
+            row += (outcome.ok, draw.skipped[tested], outcome.hsv, outcome.unreadable)
+            if not outcome.ok:
+                failed.append(index)
         return failed
 
     def _exclude(self, unit: int, step: int, reason: str) -> None:
