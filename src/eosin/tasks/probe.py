@@ -130,14 +130,12 @@ def probe(features: Path, table: Path, settings: ProbeSettings, *, out: Path) ->
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     study = read_study(table, settings)
-    leaks = leakage_report(study.cohort, _splits(study), label=settings.label, seed=settings.seed)
+    leaks = leakage_report(study.cohort, label=settings.label, seed=settings.seed)
     leaks.raise_on_error()
     samples = [read_samples(features, study.cohort, encoder=name, cache=out) for name in _encoders(features, settings)]
     found = [_measure(study, one) for one in samples]
     out.mkdir(parents=True, exist_ok=True)
-    save_splits(
-        out / "splits.json", _splits(study)[: len(study.task.layouts) * len(study.task.layouts[0])], study.dev_cohort
-    )
+    save_splits(out / "splits.json", _splits(study), study.dev_cohort)
     wrong = [_write_encoder(study, one, out) for one in found]
     best = _best(found)
     report = _report(study, found, leaks.to_dict(), wrong[best], table)
@@ -211,13 +209,22 @@ def _splits(study: _Study) -> list[Split]:
     return [split for layout in study.task.layouts for split in layout]
 
 
+def _parts(study: _Study) -> list[Split]:
+    """Return every split, the external one too, in positions of the whole cohort."""
+    dev = study.dev
+    parts = [Split(name=one.name, train=dev[one.train], val=dev[one.val], test=dev[one.test]) for one in _splits(study)]
+    if len(study.ext):
+        parts.append(Split(name="external", train=dev, val=np.zeros(0, np.int64), test=study.ext))
+    return parts
+
+
 def _measure(study: _Study, samples: Samples) -> _Found:
     """Return everything about one encoder."""
     task, s, x = study.task, study.settings, samples.x[study.dev]
     measure.check_varies(x, samples.name)
     # Scaled, so that what all images share does not make every pair look the same.
-    scaled = (x - x.mean(axis=0)) / np.where((sd := x.std(axis=0)) > 0, sd, 1)
-    leaks = leakage_report(study.dev_cohort, _splits(study), scaled)
+    scaled = (samples.x - x.mean(axis=0)) / np.where((sd := x.std(axis=0)) > 0, sd, 1)
+    leaks = leakage_report(study.cohort, _parts(study), scaled)
     leaks.raise_on_error()
     oof = measure.out_of_fold(x, task)
     pairs = inner_splits(task.y, task.group, seed=s.seed)

@@ -246,7 +246,7 @@ class Probe:
             StoreError: no such file, or something else than a probe.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
                 if about["format"] != FORMAT:
                     raise ValueError(f"format {about['format']!r}")

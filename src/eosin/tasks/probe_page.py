@@ -57,8 +57,7 @@ def probe_page(report: Report, folder: Path) -> str:
         "warnings": [one.message for one in report.remarks if one.severity == "warning"],
         "notes": [one.message for one in report.remarks if one.severity == "note"],
         "headline": _headline(r),
-        "headline_note": f"Best of {len(r['encoders'])} by AUROC within patients' folds, picked on these data: "
-        f"{r['best']}. It is therefore flattered a little; the external rows chose nothing.",
+        "headline_note": _headline_note(r),
         "sections": sections,
         "footer": f"Made by eosin {eosin.__version__}. Intervals resample patients and keep fitted models; they do not "
         "cover bias in how cases were chosen or labelled.",
@@ -117,16 +116,42 @@ def _headline(r: Row) -> list[Row]:
         {
             "name": name,
             "value": number(one["point"]),
-            "ci": "no interval" if one["low"] is None else f"95 % CI {number(one['low'])} to {number(one['high'])}",
+            "ci": _ci(one),
             "what": what,
         }
         for name, one, what in found
     ]
 
 
+def _ci(one: Row) -> str:
+    if one["low"] is None:
+        return "no interval"
+    if one["low"] == one["high"] == 1:
+        return f"no error; at least {1 - 3 / one['clusters']:.3f}"
+    return f"95 % CI {number(one['low'])} to {number(one['high'])}"
+
+
+def _headline_note(r: Row) -> str:
+    if len(r["encoders"]) == 1:
+        return f"Encoder: {r['best']}."
+    outside = " The external rows chose nothing." if r["data"]["external"] else ""
+    return (
+        f"{r['best']} has the best AUROC within of {len(r['encoders'])} encoders; picked on these data, that number is "
+        f"flattered a little.{outside}"
+    )
+
+
+def _site_told(found: Row, metric: str) -> str:
+    """Return an accuracy of telling the site; without any error the bootstrap has nothing to resample."""
+    one = found[metric]
+    if one["point"] < 1:
+        return with_interval(one)
+    return f"1.000 (at least {1 - 3 / one['clusters']:.3f})"
+
+
 def _overview(r: Row) -> list[Block]:
     """The one table, and the figure of all AUROCs."""
-    columns = ["encoder", "test", "n", "patients", *(NAMES[name] for name in METRICS), "layouts, AUROC"]
+    columns = ["encoder", "test", "rows (patients)", *(NAMES[name] for name in METRICS)]
     rows, groups = [], []
     for kind, words in (("within", "within"), ("across_site", "other sites, mean"), ("external", "external")):
         forest = []
@@ -135,10 +160,8 @@ def _overview(r: Row) -> list[Block]:
             if not found:
                 continue
             n, clusters = _size(one, kind, r)
-            spread = found["auroc"].get("layouts")
-            told = f"{min(spread):.3f} to {max(spread):.3f}" if spread else ""
             cells = (with_interval(found[name]) for name in METRICS)
-            rows.append(_cells(one["name"], words, n, clusters, *cells, told, flagged=_control(one["name"])))
+            rows.append(_cells(one["name"], words, f"{n} ({clusters})", *cells, flagged=_control(one["name"])))
             forest.append({"label": one["name"], "control": _control(one["name"]), **_ends(found["auroc"])})
         groups.append((words, forest))
     forest = []
@@ -148,7 +171,7 @@ def _overview(r: Row) -> list[Block]:
         found = one["shuffled"]
         cells = (with_interval(found[name]) for name in METRICS)
         n, clusters = _size(one, "within", r)
-        rows.append(_cells(one["name"], "shuffled labels", n, clusters, *cells, "", flagged=True))
+        rows.append(_cells(one["name"], "shuffled labels", f"{n} ({clusters})", *cells, flagged=True))
         forest.append({"label": one["name"], "control": True, **_ends(found["auroc"])})
     groups.append(("shuffled labels", forest))
     caption = "AUROC of every encoder. Hollow: there to be beaten (hand-made texture, random weights, shuffled labels)."
@@ -229,9 +252,7 @@ def _leakage(r: Row) -> list[Block]:
             rows.append(
                 _cells(
                     one["name"],
-                    with_interval(one["within"]["auroc"]),
-                    with_interval(found["accuracy"]),
-                    with_interval(found["ba"]),
+                    _site_told(found, "accuracy"),
                     with_interval(robust["ri"]) if robust else "",
                     number(robust["mari"]) if robust else "",
                     with_interval(robust["croma"]) if robust and robust["croma"] else "",
@@ -240,17 +261,7 @@ def _leakage(r: Row) -> list[Block]:
                     flagged=_control(one["name"]),
                 )
             )
-        columns = [
-            "encoder",
-            "label: AUROC",
-            "site: accuracy",
-            "site: BA",
-            "RI",
-            "MaRI",
-            "CRoMa",
-            "APD",
-            "label by neighbours: BA",
-        ]
+        columns = ["encoder", "site told, accuracy", "RI", "MaRI", "CRoMa", "APD", "label by neighbours, BA"]
         chance = known[0]["site_leakage"]["chance_ba"]
         scatter = plots.leakage_plot(
             [
@@ -298,7 +309,7 @@ def _curves(r: Row) -> list[Block]:
     rows = [
         _cells(
             one["name"],
-            *(f"{number(row['mean'])} ({number(row['low'])} to {number(row['high'])})" for row in one["rows"]),
+            *(f"{number(row['mean'], 2)} ({number(row['low'], 2)} to {number(row['high'], 2)})" for row in one["rows"]),
             number(one["ratio25"]["mean"]),
             flagged=_control(one["name"]),
         )
@@ -306,12 +317,13 @@ def _curves(r: Row) -> list[Block]:
     ]
     columns = [
         "encoder",
-        *(f"{100 * row['fraction']:g} %, {row['groups']:g} patients" for row in curves[0]["rows"]),
+        *(f"{100 * row['fraction']:g} % ({row['groups']:g})" for row in curves[0]["rows"]),
         "25 % / 100 %",
     ]
     where = "the external rows" if r["data"]["external"] else "the first fold"
     caption = (
-        f"AUROC on {where} ({curves[0]['n_test']} rows): mean and range over five orders of the patients (all: one)."
+        f"AUROC on {where} ({curves[0]['n_test']} rows): mean and range over five orders "
+        f"of the patients (100 %: one); in brackets the number of patients."
     )
     return [_figure(plots.curves_plot(curves, "AUROC"), caption), _table(columns, rows)]
 
@@ -366,14 +378,15 @@ def _data(r: Row) -> list[Block]:
     for one in r["encoders"]:
         folds = one["threshold"]["folds"]
         span = f"{min(folds):.3f} to {max(folds):.3f}"
-        made.append(
-            _cells(
-                one["name"], one["dim"], one["chosen"], number(one["threshold"]["final"]), span, "; ".join(one["notes"])
-            )
-        )
+        layouts = one["within"]["auroc"]["layouts"]
+        spread = f"{min(layouts):.3f} to {max(layouts):.3f}"
+        told = (one["chosen"], number(one["threshold"]["final"]), span, "; ".join(one["notes"]))
+        made.append(_cells(one["name"], one["dim"], spread, *told))
     return [
         _table(["rows", "n", "patients", "positive", "share"], rows),
-        _table(["encoder", "features", "head, all rows", "threshold", "thresholds of folds", ""], made),
+        _table(
+            ["encoder", "features", "AUROC of layouts", "head, all rows", "threshold", "thresholds of folds", ""], made
+        ),
     ]
 
 

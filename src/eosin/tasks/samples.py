@@ -192,15 +192,8 @@ def _finite(x: Floats, cohort: Cohort) -> Floats:
 
 def _from_array(path: Path, cohort: Cohort, folder: Path | None) -> Samples:
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            x = found
-        else:
-            names = found.files
-            name = "features" if "features" in names else names[0] if len(names) == 1 else None
-            if name is None:
-                raise CohortError(f"{path} holds {_listed(names)}; needed one array, or one called 'features'")
-            x = found[name]
+        with path.open("rb") as stream:
+            x = _one_array(np.load(stream, allow_pickle=False), path)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         if isinstance(error, CohortError):
             raise
@@ -214,6 +207,17 @@ def _from_array(path: Path, cohort: Cohort, folder: Path | None) -> Samples:
     x = _finite(np.ascontiguousarray(x, dtype=np.float32), cohort)
     pictures = None if folder is None else tuple(_image_files(folder, cohort))
     return Samples(x=x, cohort=cohort, encoder=encoder, source="array", pictures=pictures)
+
+
+def _one_array(found: Any, path: Path) -> npt.NDArray[Any]:
+    """Return what `numpy.load` gave, or the array called "features" or alone in an .npz file."""
+    if isinstance(found, np.ndarray):
+        return found
+    names = found.files
+    name = "features" if "features" in names else names[0] if len(names) == 1 else None
+    if name is None:
+        raise CohortError(f"{path} holds {_listed(names)}; needed one array, or one called 'features'")
+    return found[name]
 
 
 def _from_images(folder: Path, cohort: Cohort, name: str, cache: Path | None) -> Samples:
@@ -321,7 +325,7 @@ def _cached(path: Path, key: str) -> Floats | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
             return found["features"] if str(found["key"]) == key else None
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
