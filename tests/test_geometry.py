@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eosin.errors import GeometryError, ImplausibleMppError, UpsampleError
-from eosin.geometry import Mpp, axis_origins, check_mpp, covered_fraction, plan_read, round_half_up
+from eosin.geometry import Mpp, axis_origins, check_mpp, covered_fraction, frame_origin, plan_read, round_half_up
 
 PYRAMID = ((1.0, 1.0), (4.0, 4.0), (16.0, 16.0))
-JPEG = ((1, 2, 4, 8),) * 3
 
 
 @pytest.mark.parametrize(
@@ -26,7 +25,7 @@ JPEG = ((1, 2, 4, 8),) * 3
     ],
 )
 def test_the_coarsest_frame_not_coarser_than_asked(mpp: float, expected: tuple[int, int]) -> None:
-    plan = plan_read(tile_px=224, mpp=mpp, slide_mpp=Mpp(0.25, 0.25), level_downsamples=PYRAMID, level_scales=JPEG)
+    plan = plan_read(tile_px=224, mpp=mpp, slide_mpp=Mpp(0.25, 0.25), level_downsamples=PYRAMID)
     assert (plan.level, plan.scale) == expected
 
 
@@ -36,19 +35,15 @@ def test_the_coarsest_frame_not_coarser_than_asked(mpp: float, expected: tuple[i
     st.floats(0.1, 8.0),
     st.integers(16, 1024),
     st.floats(1.5, 5.0),
-    st.booleans(),
 )
 def test_a_plan_never_reads_coarser_than_asked_nor_needlessly_fine(
-    mpp0: float, skew: float, target: float, tile_px: int, step: float, jpeg: bool
+    mpp0: float, skew: float, target: float, tile_px: int, step: float
 ) -> None:
     slide_mpp = Mpp(mpp0, mpp0 * skew)
     downsamples = tuple((step**i, step**i * 1.0003) for i in range(4))
     if max(slide_mpp.x, slide_mpp.y) / target > 2.0:
         return
-    scales = ((1, 2, 4, 8),) * 4 if jpeg else None
-    plan = plan_read(
-        tile_px=tile_px, mpp=target, slide_mpp=slide_mpp, level_downsamples=downsamples, level_scales=scales
-    )
+    plan = plan_read(tile_px=tile_px, mpp=target, slide_mpp=slide_mpp, level_downsamples=downsamples)
     read_mpp = max(plan.downsample[0] * slide_mpp.x, plan.downsample[1] * slide_mpp.y)
     if plan.upsample <= 1.01:
         assert read_mpp <= target * 1.01 + 1e-12
@@ -57,7 +52,7 @@ def test_a_plan_never_reads_coarser_than_asked_nor_needlessly_fine(
     assert plan.read_px[1] * plan.downsample[1] == pytest.approx(plan.size0_px[1])
     coarse = [max(dx * slide_mpp.x, dy * slide_mpp.y) for dx, dy in downsamples]
     assert not any(coarse[plan.level] * 1.0001 < c <= target * 1.0099 for c in coarse)
-    if jpeg and plan.scale < 8:
+    if plan.scale < 8:
         assert coarse[plan.level] * plan.scale * 2 > target * 1.0099
 
 
@@ -113,6 +108,41 @@ def test_edge_policies(extent: int, size: float, share: float) -> None:
         assert grids["shift-in"][-1] + size >= extent - 1.25
     padded = grids["pad-white"]
     assert padded[-1] + max(size, step) >= extent - 1
+
+
+@given(st.integers(0, 100_000), st.floats(1, 40))
+def test_a_whole_pixel_of_the_read_frame_is_found_again(pixel: int, downsample: float) -> None:
+    assert frame_origin(int(round_half_up(pixel * downsample)), downsample) == pixel
+
+
+def test_an_origin_between_pixels_keeps_its_fraction() -> None:
+    assert [frame_origin(x, 2.0) for x in (6, 7, 8, -3)] == [3.0, 3.5, 4.0, -1.5]
+    assert frame_origin(7, 2001 / 1001) == pytest.approx(7 * 1001 / 2001)
+    assert frame_origin(7, 1.0) == 7.0
+
+
+@given(
+    st.integers(-500, 500),
+    st.integers(100, 60_000),
+    st.integers(4, 300),
+    st.sampled_from([1.0, 2.0, 1.9998, 2.0005, 4.0, 4.0021, 8.0, 32.07]),
+    st.floats(-0.49, 0.49),
+    st.sampled_from(["drop", "pad-white", "shift-in"]),
+)
+def test_a_grid_on_whole_pixels_of_a_frame(start, extent, side, pixel, off, edge) -> None:
+    size = (side + off) * pixel
+    origins = axis_origins(start_px=start, extent_px=extent, size_px=size, step_px=size, edge=edge, pixel_px=pixel)
+    whole = [frame_origin(int(x), pixel) for x in origins]
+    assert all(k == round(k) for k in whole)
+    first = np.ceil(start / pixel - 1e-9)
+    places = np.asarray(whole) - first
+    if edge != "shift-in":  # no drift: half a pixel of the frame, wherever on the slide
+        assert np.abs(places - np.arange(len(places)) * size / pixel).max(initial=0) <= 0.5 + 1e-6
+    assert (places >= 0).all()
+    if edge == "drop" or (edge == "shift-in" and extent >= size + pixel):
+        assert ((places + first) * pixel + size <= start + extent + 0.25 + 1e-6).all()
+    if edge == "shift-in" and extent >= size + pixel:
+        assert (places[-1] + first) * pixel + size >= start + extent - pixel - 0.75
 
 
 def test_grids_refuse_nonsense() -> None:

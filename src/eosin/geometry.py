@@ -1,8 +1,8 @@
 """Microns per pixel, levels, sizes and grids: pure arithmetic, numpy only.
 
 All rounding of coordinates in eosin happens in this file. Frames: *level 0* is the finest
-level of the file; the *read frame* is one level of the file after the codec's own
-reduction (`scale` 1, 2, 4 or 8); a *tile* is what the encoder gets.
+level of the file; the *read frame* is one level of the file reduced by
+means over `scale` x `scale` boxes (1, 2, 4 or 8); a *tile* is what the encoder gets.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from eosin.errors import GeometryError, ImplausibleMppError, UpsampleError
 
 PLAUSIBLE_MPP = (0.05, 5.0)
 LEVEL_TOLERANCE = 0.01
+SCALES = (1, 2, 4, 8)
 MAX_UPSAMPLE = 2.0 * (1 + LEVEL_TOLERANCE)
 
 EdgePolicy = Literal["drop", "pad-white", "shift-in"]
@@ -66,12 +67,13 @@ class ReadPlan:
         tile_px: side of the tile that comes out.
         mpp: microns per pixel asked for.
         level: level of the file that is read (0 = finest).
-        scale: reduction done by the codec while decoding that level: 1, 2, 4 or 8.
+        scale: reduction of that level by box means, in the decoder where it can: 1, 2, 4 or 8.
         downsample: (x, y) level-0 pixels per read-frame pixel, `scale` included.
         size0_px: (width, height) of the tile's footprint in level-0 pixels, not rounded.
         read_px: (width, height) of the footprint in the read frame, not rounded.
         resample: whether a resize follows; False when the footprint is within half a
             read-frame pixel of `tile_px`, so that no pixel moves by more than a quarter.
+            The grid then lies on whole read-frame pixels; a tile that does not is resized too.
         upsample: factor > 1 by which the tile is finer than the slide, else 1.0.
     """
 
@@ -92,18 +94,18 @@ def plan_read(
     mpp: float,
     slide_mpp: Mpp,
     level_downsamples: Sequence[tuple[float, float]],
-    level_scales: Sequence[Sequence[int]] | None = None,
 ) -> ReadPlan:
     """Return the coarsest level that is not coarser than `mpp`, within 1 %, and its largest such scale.
 
-    The level comes first: a coarser level costs the decoder less than a finer one reduced.
+    The level comes first: a coarser level costs the decoder less than a finer one reduced. The scale
+    depends on sizes alone, never on the file's codec, and leaves a factor of less than 2 to the resize
+    (more only where the slide's pyramid lacks levels).
 
     Args:
         tile_px: side of the tile in pixels.
         mpp: target microns per pixel, continuous.
         slide_mpp: microns per level-0 pixel.
         level_downsamples: (x, y) level-0 pixels per pixel of each level, as floats.
-        level_scales: codec reductions each level offers; (1,) for each when None.
 
     Raises:
         GeometryError: `tile_px` < 1.
@@ -123,8 +125,7 @@ def plan_read(
     limit = mpp * (1 + LEVEL_TOLERANCE)
     coarse = [max(dx * slide_mpp.x, dy * slide_mpp.y) for dx, dy in level_downsamples]
     level = max((i for i, c in enumerate(coarse) if c <= limit), key=lambda i: coarse[i], default=0)
-    offered = level_scales[level] if level_scales is not None else (1,)
-    scale = max((s for s in offered if coarse[level] * s <= limit), default=1)
+    scale = max((s for s in SCALES if coarse[level] * s <= limit), default=1)
     dx, dy = level_downsamples[level][0] * scale, level_downsamples[level][1] * scale
     size0 = (tile_px * mpp / slide_mpp.x, tile_px * mpp / slide_mpp.y)
     read = (size0[0] / dx, size0[1] / dy)
@@ -141,13 +142,26 @@ def plan_read(
     )
 
 
+def frame_origin(start_px: float, downsample: float) -> float:
+    """Return a level-0 coordinate in the read frame.
+
+    That is the whole read-frame pixel k where the coordinate is ``round(k * downsample)``, as those of
+    a grid are, and the exact quotient elsewhere.
+    """
+    exact = start_px / downsample
+    whole = round_half_up(exact)
+    return float(whole) if round_half_up(whole * downsample) == start_px else exact
+
+
 def axis_origins(
-    *, start_px: int, extent_px: int, size_px: float, step_px: float, edge: EdgePolicy
+    *, start_px: int, extent_px: int, size_px: float, step_px: float, edge: EdgePolicy, pixel_px: float = 1.0
 ) -> npt.NDArray[np.int64]:
     """Return the level-0 origins of the tiles along one axis, ascending.
 
-    Origin i is ``start + round(i * step)``: rounded from the exact product, never a sum of
-    rounded steps, so a grid does not drift across a slide.
+    Origin i is the level-0 coordinate, rounded, of read-frame pixel ``first + round(i * step / pixel)``,
+    where `first` is the first at or after `start_px`: rounded from the exact product, never a sum of
+    rounded steps, so a grid does not drift across a slide. With pixels of 1 that is
+    ``start + round(i * step)``.
 
     Args:
         start_px: level-0 coordinate of the axis's first pixel (the slide's bounds).
@@ -156,32 +170,34 @@ def axis_origins(
         step_px: distance between tiles, not rounded.
         edge: what to do with a last tile that would stick out. ``drop`` leaves it out,
             ``pad-white`` keeps it, ``shift-in`` moves it back inside (when the axis is
-            shorter than one tile it is padded).
+            shorter than one tile it is padded; what is less than a pixel may stay uncovered).
+        pixel_px: level-0 pixels per pixel of the frame whose whole pixels tiles start on.
 
     Raises:
-        GeometryError: a size or step that is not positive, or an unknown policy.
+        GeometryError: a size, step or pixel that is not positive, or an unknown policy.
     """
-    if not (size_px > 0 and step_px > 0):
+    if not (size_px > 0 and step_px > 0 and pixel_px > 0):
         raise GeometryError(
-            f"tile size {size_px:g} and step {step_px:g} must be positive (is the overlap >= the tile?)"
+            f"tile size {size_px:g}, step {step_px:g} and pixel {pixel_px:g} must be positive "
+            "(is the overlap >= the tile?)"
         )
     if edge not in EDGE_POLICIES:
         raise GeometryError(f"unknown edge policy {edge!r}; one of {', '.join(EDGE_POLICIES)}")
     if extent_px <= 0:
         return np.empty(0, dtype=np.int64)
+    first = int(np.ceil(start_px / pixel_px - 1e-9))
     count = int(np.ceil(extent_px / step_px))
-    origins = round_half_up(np.arange(count) * step_px)
-    origins = origins[origins < extent_px]
+    pixels = first + round_half_up(np.arange(count) * (step_px / pixel_px))
+    pixels = pixels[pixels * pixel_px < start_px + extent_px]
     # A quarter of a pixel of slack: a footprint of 448.2 fits an extent of 448.
-    inside = origins + size_px <= extent_px + 0.25
+    room = start_px + extent_px - size_px + 0.25
+    inside = pixels * pixel_px <= room
     if edge == "drop":
-        origins = origins[inside]
+        pixels = pixels[inside]
     elif edge == "shift-in":
-        origins = origins.copy()
-        last = max(0, int(np.floor(extent_px - size_px + 0.25)))
-        origins[~inside] = last
-        origins = np.unique(origins)
-    return origins + start_px
+        pixels[~inside] = max(first, int(np.floor(room / pixel_px)))
+        pixels = np.unique(pixels)
+    return round_half_up(pixels * pixel_px)
 
 
 def covered_fraction(

@@ -284,7 +284,7 @@ def test_recipe_hash_is_of_the_canonical_json():
     fields = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
     changed = {
         **{k: {**v, "new": 1} for k, v in fields.items() if isinstance(v, dict)},
-        **{"stain": {}, "precision": "bf16", "dtype": "float16", "tokens": True, "icc": True, "version": 2},
+        **{"stain": {}, "precision": "bf16", "dtype": "float16", "tokens": True, "icc": True, "version": 3},
     }
     assert changed.keys() == fields.keys()
     assert len({made.hash, *(recipe(**{k: v}).hash for k, v in changed.items())}) == 1 + len(fields)

@@ -15,6 +15,7 @@ from eosin.geometry import EDGE_POLICIES
 from eosin.slides import Slide, open_slide
 from eosin.tiles import TileGrid, TileSpec, TissueMask, plan_tiles, read_geojson, tile
 from eosin.tiles.grid import grid_positions, inside_fraction
+from eosin.tiles.qc import neighbours
 
 WHOLE = np.ones((1, 1), dtype=bool)
 
@@ -105,6 +106,27 @@ def test_anisotropic_pixels_give_square_tiles_in_microns():
     assert grid.plan.size0_px == (200.0, 100.0)
     assert sorted(set(grid.xy[:, 0].tolist())) == list(range(0, 1000, 200))
     assert sorted(set(grid.xy[:, 1].tolist())) == list(range(0, 1000, 100))
+
+
+@pytest.mark.parametrize("edge", EDGE_POLICIES)
+@pytest.mark.parametrize("bounds", [None, (101, 57, 1200, 900)])
+def test_coords_of_tiles_that_are_not_resized_tell_where_their_pixels_are(edge, bounds, monkeypatch):
+    """Footprint of 100.2 half pixels: rounding its multiples at level 0 would give odd corners, between two pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1001, 1501, 3), dtype=np.uint8)
+    slide = open_slide(pixels, mpp=0.2495)
+    if bounds is not None:
+        monkeypatch.setattr(slide.backend, "bounds", bounds)
+    grid = tile(slide, tile_px=100, mpp=0.5, min_tissue=0, edge=edge, mask=everywhere(slide))
+    assert (grid.plan.scale, grid.plan.resample) == (2, False)
+    assert len(grid) >= 20
+    assert (grid.xy % 2 == 0).all()
+    x0, y0, width, height = grid.bounds
+    half = np.floor(pixels[:1000, :1500].reshape(500, 2, 750, 2, 3).mean(axis=(1, 3)) + 0.5)
+    for x, y in grid.xy:
+        if x + 202 <= min(x0 + width, 1500) and y + 202 <= min(y0 + height, 1000):
+            got = slide.read_tile((int(x), int(y)), grid.plan).rgb
+            np.testing.assert_array_equal(got, half[y // 2 : y // 2 + 100, x // 2 : x // 2 + 100])
+    assert neighbours(grid.xy, grid.step0_px).max() == 1
 
 
 def test_several_mpp_share_one_mask():

@@ -31,11 +31,12 @@ from eosin.features.pipeline import STAIN_SAMPLE, Extraction, Normaliser, Pixels
 from eosin.features.readers import ReaderPool
 from eosin.features.store import FeatureStore, Recipe
 from eosin.slides import Slide
+from eosin.slides.footprint import FILTER
 from eosin.tiles import TileGrid, TileSpec
 from eosin.tiles.mask import MASK_MPP
 from eosin.tiles.qc import DEFAULT_RULES
 
-TISSUE_VERSION = 1
+TISSUE_VERSION = 2
 """Raised when `tissue_mask` would find other tissue on the same slide."""
 
 Source = Slide | Path | str | Sequence[Path | str] | Sequence[Job]
@@ -254,7 +255,7 @@ def _create_stores(
             path = out if alone else out / f"{name}_{spec.tile_px}px_{spec.mpp:g}mpp{overlap}"
             recipe = Recipe(
                 encoder=encoder.spec.to_dict(),
-                tile=spec.to_dict(),
+                tile={**spec.to_dict(), "filter": FILTER},
                 tissue={"method": "od-texture", "mpp": MASK_MPP, "version": TISSUE_VERSION},
                 qc={"rules": [f"{r.column} {r.op} {r.threshold:g}: {r.reason}" for r in DEFAULT_RULES]},
                 stain=_stain_recipe(settings.stain),

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+VERSION = 2
+"""Of the pipeline. 2: one filter for every codec, named in ``tile.filter``; grids on whole read-frame pixels."""
+
 
 def plain(value: object) -> Any:
     """Return `value` as JSON types; numbers without a fraction become int (1.0 and 1 hash alike).
@@ -43,7 +46,8 @@ class Recipe:
 
     Attributes:
         encoder: `EncoderSpec.to_dict()`.
-        tile: `TileSpec.to_dict()`; `tile_px` and `mpp` are read by the store.
+        tile: `TileSpec.to_dict()` and the ``filter`` that made pixels coarser; `tile_px` and `mpp` are read by the
+            store.
         tissue: how tissue was found.
         qc: which rules gave the reason codes.
         stain: stain normalisation, or None.
@@ -63,7 +67,7 @@ class Recipe:
     dtype: str
     tokens: bool
     icc: bool
-    version: int = 1
+    version: int = VERSION
 
     def __post_init__(self) -> None:
         """Reject a dtype the store does not write."""

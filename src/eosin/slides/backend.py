@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from eosin.slides.ledger import MppLedger
 
@@ -89,7 +90,7 @@ class Backend(Protocol):
 
 
 def frame_size(level_size: tuple[int, int], scale: int) -> tuple[int, int]:
-    """Return (width, height) of a level after a codec reduction, as JPEG rounds it: upwards."""
+    """Return (width, height) of a level after a reduction, as JPEG rounds it: upwards."""
     return -(-level_size[0] // scale), -(-level_size[1] // scale)
 
 
@@ -121,6 +122,48 @@ def read_padded(
         if inside.shape[2] == 3:
             target[..., 3] = 255
     return out
+
+
+def read_reduced(
+    backend: Backend, xy_px: tuple[int, int], *, level: int, scale: int, size_px: tuple[int, int]
+) -> Pixels:
+    """Return a region of a level reduced by `scale`, also where the codec cannot reduce that far.
+
+    What the codec does not do is averaged over boxes, which lie on the level's own corner as those of
+    the codec do; colours are weighted by their alpha.
+
+    Args:
+        backend: the reader.
+        xy_px: top left, in pixels of the reduced level; may be negative.
+        level: level of the file.
+        scale: 1, 2, 4 or 8.
+        size_px: (width, height) in pixels of the reduced level.
+
+    Returns:
+        As `Backend.read_region`.
+
+    Raises:
+        RegionError: the pixels cannot be decoded.
+    """
+    decoded = codec_scale(backend, level, scale)
+    factor = scale // decoded
+    if factor == 1:
+        return backend.read_region(xy_px, level=level, scale=scale, size_px=size_px)
+    fine_px = frame_size(backend.level_sizes[level], decoded)
+
+    def inside(xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
+        start = (xy[0] * factor, xy[1] * factor)
+        # The last box of a level may be cut off: its mean is over what there is.
+        count = (min(size[0] * factor, fine_px[0] - start[0]), min(size[1] * factor, fine_px[1] - start[1]))
+        pixels = backend.read_region(start, level=level, scale=decoded, size_px=count)
+        return np.asarray(Image.fromarray(pixels).reduce(factor))
+
+    return read_padded(inside, xy_px=xy_px, size_px=size_px, frame_px=frame_size(backend.level_sizes[level], scale))
+
+
+def codec_scale(backend: Backend, level: int, scale: int) -> int:
+    """Return the largest reduction up to `scale` that the codec does itself."""
+    return max(offered for offered in backend.level_scales[level] if offered <= scale)
 
 
 def composite(pixels: Pixels, background: tuple[int, int, int]) -> Pixels:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from eosin.errors import CorruptSlideError, GeometryError, MissingMppError, SlideError
-from eosin.geometry import Mpp, ReadPlan, check_mpp, covered_fraction, plan_read, round_half_up
-from eosin.slides.backend import Backend, Pixels, composite, frame_size
+from eosin.geometry import SCALES, Mpp, ReadPlan, check_mpp, covered_fraction, plan_read, round_half_up
+from eosin.slides.backend import Backend, Pixels, codec_scale, composite, frame_size, read_reduced
 from eosin.slides.colour import IccTransform, icc_transform
 from eosin.slides.fingerprint import fingerprint_array, fingerprint_path
-from eosin.slides.footprint import Footprint, cover, resize, snap
+from eosin.slides.footprint import Footprint, cover, footprint, resize, snap
 from eosin.slides.ledger import MppLedger
 from eosin.slides.opening import open_backend
 
@@ -239,7 +239,6 @@ class Slide:
             mpp=mpp,
             slide_mpp=self.mpp,
             level_downsamples=self.level_downsamples,
-            level_scales=self.level_scales,
         )
 
     def read_tile(self, xy: tuple[int, int], plan: ReadPlan) -> TileRead:
@@ -247,21 +246,13 @@ class Slide:
 
         The smallest whole region of the read frame that covers the exact footprint is decoded,
         laid on the slide's background, and resized once, antialiased, from the footprint's
-        fractional rectangle. Without `plan.resample` the nearest whole pixels are returned.
+        fractional rectangle. Without `plan.resample` stored pixels are returned as they are, if
+        `xy` is a whole pixel of the read frame, as in a grid of that plan.
 
         Raises:
             RegionError: the pixels cannot be decoded.
         """
-        rgb, alpha_share = self._read(
-            Footprint(
-                level=plan.level,
-                scale=plan.scale,
-                origin=(xy[0] / plan.downsample[0], xy[1] / plan.downsample[1]),
-                size=plan.read_px,
-                out_px=(plan.tile_px, plan.tile_px),
-                resample=plan.resample,
-            )
-        )
+        rgb, alpha_share = self._read(self._footprint(plan, xy, (plan.tile_px, plan.tile_px)))
         inside = covered_fraction(np.array([xy], dtype=np.int64), plan.size0_px, self.bounds)[0]
         return TileRead(rgb=rgb, valid_fraction=float(inside) * alpha_share)
 
@@ -292,9 +283,7 @@ class Slide:
             if level is not None:
                 raise GeometryError("give mpp or level, not both")
             plan = self.plan(tile_px=max(width, height), mpp=mpp)
-            size = (plan.read_px[0] * width / plan.tile_px, plan.read_px[1] * height / plan.tile_px)
-            origin = (xy[0] / plan.downsample[0], xy[1] / plan.downsample[1])
-            return self._read(Footprint(plan.level, plan.scale, origin, size, (width, height), plan.resample))[0]
+            return self._read(self._footprint(plan, xy, (width, height)))[0]
         level = 0 if level is None else level
         if not 0 <= level < len(self.level_sizes):
             raise GeometryError(f"{self.name} has levels 0 to {len(self.level_sizes) - 1}, not {level}")
@@ -316,7 +305,9 @@ class Slide:
         level, scale = self._coarsest(out)
         frame = frame_size(self.level_sizes[level], scale)
         extent = (self.level_sizes[level][0] / scale, self.level_sizes[level][1] / scale)
-        if frame[0] * frame[1] <= MAX_READ_PIXELS:
+        # What is decoded is larger than the frame where the codec does not reduce that far.
+        factor = scale // codec_scale(self.backend, level, scale)
+        if frame[0] * frame[1] * factor**2 <= MAX_READ_PIXELS:
             rgb = self._read(Footprint(level, scale, (0.0, 0.0), extent, out, extent != out))[0]
         else:
             rgb = self._read_blocks(level, scale, extent, out)
@@ -327,13 +318,13 @@ class Slide:
         fits = [i for i, (width, height) in enumerate(self.level_sizes) if width >= out[0] and height >= out[1]]
         level = max(fits, key=lambda i: self.level_downsamples[i], default=0)
         width, height = self.level_sizes[level]
-        scales = [s for s in self.level_scales[level] if width / s >= out[0] and height / s >= out[1]]
-        return level, max(scales, default=1)
+        return level, max((s for s in SCALES if width / s >= out[0] and height / s >= out[1]), default=1)
 
     def _read_blocks(self, level: int, scale: int, extent: tuple[float, float], out: tuple[int, int]) -> Pixels:
         """Resize a frame that is too large to hold, block by block, each with the filter's margin."""
         ratio = (extent[0] / out[0], extent[1] / out[1])
-        side = max(1, int(BLOCK_PIXELS**0.5 / max(ratio)) - 4)
+        factor = scale // codec_scale(self.backend, level, scale)
+        side = max(1, int((BLOCK_PIXELS**0.5 / factor - 2) / max(ratio)) - 4)
         frame = frame_size(self.level_sizes[level], scale)
         rgb = np.empty((out[1], out[0], 3), dtype=np.uint8)
         for top in range(0, out[1], side):
@@ -353,6 +344,9 @@ class Slide:
                 rgb[top:bottom, left:right] = resize(region, (right - left, bottom - top), box)
         return rgb
 
+    def _footprint(self, plan: ReadPlan, xy: tuple[int, int], out_px: tuple[int, int]) -> Footprint:
+        return footprint(plan, xy, out_px, frame_size(self.level_sizes[plan.level], plan.scale))
+
     def _read(self, region: Footprint) -> tuple[Pixels, float]:
         """Return the region's pixels and the mean alpha of those inside the bounds (1 = opaque)."""
         frame = frame_size(self.level_sizes[region.level], region.scale)
@@ -369,7 +363,7 @@ class Slide:
     def _pixels(self, level: int, scale: int, xy: tuple[int, int], size: tuple[int, int]) -> tuple[Pixels, float]:
         """Return whole read-frame pixels composited on the background, and their mean alpha."""
         backend = self.backend
-        pixels = backend.read_region(xy, level=level, scale=scale, size_px=size)
+        pixels = read_reduced(backend, xy, level=level, scale=scale, size_px=size)
         share = 1.0 if pixels.shape[2] == 3 else self._alpha_share(pixels[..., 3], level, scale, xy)
         if self._transform is not None:
             pixels = self._transform(pixels)

@@ -1,7 +1,8 @@
 """The plan of tiles over a slide: where they lie and how much tissue each holds. No pixels.
 
 The grid is anchored to the slide (the origin of its bounds), never to a contour: another
-tissue mask keeps other tiles of the same grid, and moves none.
+tissue mask keeps other tiles of the same grid, and moves none. Where tiles are stored pixels
+that are not resized, it lies on whole pixels of the frame that is read.
 """
 
 from __future__ import annotations
@@ -197,9 +198,19 @@ def plan_tiles(
 
 
 def grid_positions(
-    spec: TileSpec, *, size0_px: tuple[float, float], bounds: tuple[int, int, int, int]
+    spec: TileSpec,
+    *,
+    size0_px: tuple[float, float],
+    bounds: tuple[int, int, int, int],
+    pixel0_px: tuple[float, float] = (1.0, 1.0),
 ) -> npt.NDArray[np.int64]:
     """Return every position of the grid over `bounds`: int64 (n, 2) level 0, sorted by (y, x).
+
+    Args:
+        spec: what tiles are wanted.
+        size0_px: (width, height) of a tile, level 0, not rounded.
+        bounds: (x, y, width, height), level 0.
+        pixel0_px: (x, y) level-0 pixels per pixel of the frame whose whole pixels tiles start on.
 
     Raises:
         GeometryError: more than 50 million positions (the tiles are too small for this slide).
@@ -211,8 +222,20 @@ def grid_positions(
         raise GeometryError(
             f"about {expected:.2g} tiles of {spec.tile_px} px at {spec.mpp:g} mpp: more than {MAX_TILES}"
         )
-    xs = axis_origins(start_px=x0, extent_px=width, size_px=size0_px[0], step_px=size0_px[0] * share, edge=spec.edge)
-    ys = axis_origins(start_px=y0, extent_px=height, size_px=size0_px[1], step_px=size0_px[1] * share, edge=spec.edge)
+    xs, ys = (
+        axis_origins(
+            start_px=start,
+            extent_px=extent,
+            size_px=size,
+            step_px=size * share,
+            edge=spec.edge,
+            pixel_px=pixel,
+        )
+        for start, extent, size, pixel in (
+            (x0, width, size0_px[0], pixel0_px[0]),
+            (y0, height, size0_px[1], pixel0_px[1]),
+        )
+    )
     return np.stack([np.tile(xs, len(ys)), np.repeat(ys, len(xs))], axis=1)
 
 
@@ -236,7 +259,8 @@ def inside_fraction(
 def _grid(slide: Slide, slide_mpp: Mpp, spec: TileSpec, mask: TissueMask, area: shapely.Geometry | None) -> TileGrid:
     plan = slide.plan(tile_px=spec.tile_px, mpp=spec.mpp)
     bounds = slide.bounds
-    xy = grid_positions(spec, size0_px=plan.size0_px, bounds=bounds)
+    pixel0 = (1.0, 1.0) if plan.resample else plan.downsample
+    xy = grid_positions(spec, size0_px=plan.size0_px, bounds=bounds, pixel0_px=pixel0)
     if area is not None:
         xy = xy[inside_fraction(area, xy, plan.size0_px) >= ROI_FRACTION]
     tissue = mask.fraction(xy, plan.size0_px)

@@ -185,7 +185,7 @@ def neighbours(
 def _grid_index(origins: npt.NDArray[np.int64], step: float) -> npt.NDArray[np.int64]:
     """Return an index per origin; neighbours differ by 1, whatever is further apart by 2."""
     distinct, inverse = np.unique(origins, return_inverse=True)
-    gap = np.where(np.diff(distinct) <= step + 1, 1, 2)
+    gap = np.where(np.diff(distinct) < 1.5 * step + 0.5, 1, 2)
     return np.concatenate([[0], np.cumsum(gap)])[inverse]
 
 
