@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from eosin.cli import encoders, evaluate, extract, look
+from eosin.cli import encoders, evaluate, extract, look, probe
 from eosin.errors import EosinError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command()(extract.tile)
 app.command()(extract.extract)
 app.command()(look.verify)
 app.command()(look.convert)
+app.command()(probe.probe)
 app.command()(evaluate.validate)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
-import eosin
 from eosin.evaluation.report import Report
 from eosin.tasks import probe_plots as plots
 from eosin.tasks.validation_page import NAMES, number, p_value, with_interval
+from eosin.version import __version__
 
 Row = Mapping[str, Any]
 Block = dict[str, Any]
@@ -59,7 +59,7 @@ def probe_page(report: Report, folder: Path) -> str:
         "headline": _headline(r),
         "headline_note": _headline_note(r),
         "sections": sections,
-        "footer": f"Made by eosin {eosin.__version__}. Intervals resample patients and keep fitted models; they do not "
+        "footer": f"Made by eosin {__version__}. Intervals resample patients and keep fitted models; they do not "
         "cover bias in how cases were chosen or labelled.",
     }
     environment = Environment(loader=PackageLoader("eosin.tasks"), autoescape=True, undefined=StrictUndefined)

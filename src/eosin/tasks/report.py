@@ -13,7 +13,6 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-import eosin
 from eosin.features.store import Features, FeatureStore, TileTable
 from eosin.slides import Slide
 from eosin.tasks.pictures import (
@@ -32,6 +31,7 @@ from eosin.tasks.pictures import (
 )
 from eosin.tiles import TissueMask
 from eosin.tiles.qc import REASONS
+from eosin.version import __version__
 
 THUMBNAIL_PX = 1400
 HOVER_TILES = 6000
@@ -82,7 +82,7 @@ def slide_page(store: FeatureStore, slide_id: str, slide: Slide, *, dense: Featu
         "examples": _examples(tiles, slide),
         "record": _record(store, tiles),
         "tiles_json": Markup(_hover(tiles)),
-        "footer": f"Made by eosin {eosin.__version__}.",
+        "footer": f"Made by eosin {__version__}.",
     }
     return _render("slide.html.j2", page)
 
@@ -107,7 +107,7 @@ def summary_page(store: FeatureStore, table: pd.DataFrame) -> str:
         "plot": _cohort_plot(good),
         "columns": columns,
         "rows": [[_cell(value) for value in row] for row in good.loc[:, columns].to_numpy(dtype=object)],
-        "footer": f"Made by eosin {eosin.__version__}.",
+        "footer": f"Made by eosin {__version__}.",
     }
     return _render("summary.html.j2", page)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import eosin
 from eosin.evaluation.report import Report
 from eosin.tasks import plots
+from eosin.version import __version__
 
 Row = Mapping[str, Any]
 Block = dict[str, Any]
@@ -75,7 +75,7 @@ def validation_page(report: Report, pictures: Mapping[int, str] | None = None) -
         "headline": _headline(r),
         "headline_note": _headline_note(r),
         "sections": sections,
-        "footer": f"Made by eosin {eosin.__version__}. Intervals hold for patients like these; they do not cover bias "
+        "footer": f"Made by eosin {__version__}. Intervals hold for patients like these; they do not cover bias "
         "in how cases were chosen or labelled.",
     }
     environment = Environment(loader=PackageLoader("eosin.tasks"), autoescape=True, undefined=StrictUndefined)
