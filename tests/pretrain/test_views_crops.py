@@ -14,7 +14,8 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from eosin.pretrain.crops import Crops, cut, draw_crops, largest_side
+from eosin.pretrain import crops as module
+from eosin.pretrain.crops import Crops, blur_radius, draw_crops, largest_side
 from eosin.pretrain.view_config import ViewConfig
 
 S = 256
@@ -39,6 +40,10 @@ def crops_of(
 
 def noise(batch: int = 2, px: int = S) -> Tensor:
     return torch.randint(0, 256, (batch, 3, px, px), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def cut(tiles: Tensor, rows: Tensor, crops: Crops, *, px: int, largest: float, radius: int = 6) -> Tensor:
+    return module.cut(tiles / 255, rows, crops, px=px, largest=largest, radius=radius)
 
 
 def coordinates() -> Tensor:
@@ -120,7 +125,7 @@ def test_every_pixel_shows_its_coordinate(flip_x: bool, flip_y: bool, transpose:
         torch.testing.assert_close(crop[1], green, atol=atol, rtol=0)
 
 
-def test_a_tight_window_changes_nothing():
+def test_a_tight_bound_on_the_boxes_changes_nothing():
     config = ViewConfig(global_px=64, local_px=32)
     crops = draw_crops(8, S, config, generator=seeded())
     tiles, rows = noise(8), torch.arange(8)
@@ -134,10 +139,15 @@ def test_a_tight_window_changes_nothing():
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_equals_torchvision(sigma: float):
     tiles, box = noise(1), [(8.0, 16.0, 200.0, 220.0)]
-    ours = cut(tiles, torch.zeros(1, dtype=torch.long), crops_of(box, sigma=sigma), px=64, largest=S)
+    ours = cut(tiles, torch.zeros(1, dtype=torch.long), crops_of(box, sigma=sigma), px=64, largest=S, radius=6)
     sharp = cut(tiles, torch.zeros(1, dtype=torch.long), crops_of(box), px=64, largest=S)
-    theirs = tvf.gaussian_blur(sharp, [41, 41], [sigma, sigma])
-    torch.testing.assert_close(ours, theirs, atol=2e-3 if sigma < 0.5 else 2e-4, rtol=0)
+    theirs = tvf.gaussian_blur(sharp, [13, 13], [sigma, sigma])
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+
+
+def test_blur_reads_three_deviations():
+    assert blur_radius(ViewConfig(blur_sigma_px=(0.1, 2.0))) == 6
+    assert blur_radius(ViewConfig(blur_sigma_px=(0.1, 2.1))) == 7
 
 
 def test_turns_are_right_angles():

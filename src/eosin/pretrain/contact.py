@@ -37,7 +37,7 @@ def contact_sheet(tiles: Tensor, config: ViewConfig, path: str | Path, *, seed: 
     """
     views = make_views(tiles, config, torch.Generator().manual_seed(seed))
     big, small = config.global_px, config.local_px
-    stacked = max(1, (big + GAP) // (small + GAP))
+    stacked = max(1, round((big + GAP) / (small + GAP)))
     columns = -(-config.local_crops // stacked)
     height = max(big, stacked * (small + GAP) - GAP if columns else 0) + GAP
     sheet = Image.new("RGB", (3 * (big + GAP) + columns * (small + GAP) + GAP, HEADER + len(tiles) * height), "white")

@@ -1,10 +1,10 @@
 """Where crops lie in their tiles, and cutting them: one antialiased resampling, exact and batched.
 
-A crop is a box in a tile with real edges, seen flipped, turned and out of focus. All of it is linear and separable,
-so a crop is two matrix products, rows @ tile @ columns, and a transposition. The matrices hold the cubic filter that
+A crop is a box in a tile with real edges, seen flipped, turned and out of focus. All of it is linear and separable:
+every row, then every column, of a crop is a weighted sum of a few of the tile's. The weights are the cubic filter that
 PIL and torchvision use (Keys 1981, a = -1/2), widened by the downscale factor where that is above 1: this is what
 antialiasing is, and it is right for every factor, unlike `grid_sample`, which reads 2 x 2 pixels whatever the factor.
-Blur is a product more with a band matrix. It acts on light before any colour step, as the defocus of a scanner does.
+Blur is a weighted sum more. It acts on light before any colour step, as the defocus of a scanner does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from eosin.pretrain.view_config import ViewConfig
 
@@ -135,36 +136,55 @@ def _elongation(aspect: tuple[float, float]) -> float:
     return max(aspect[1], 1 / aspect[0])
 
 
-def cut(tiles: Tensor, rows: Tensor, crops: Crops, *, px: int, largest: float) -> Tensor:
-    """Return crops of px x px pixels as float in 0-1, (N, 3, px, px).
+def cut(tiles: Tensor, rows: Tensor, crops: Crops, *, px: int, largest: float, radius: int) -> Tensor:
+    """Return crops of px x px pixels, (N, 3, px, px), clipped to 0-1.
 
     Args:
-        tiles: uint8 (B, 3, S, S).
+        tiles: float32 (B, 3, S, S) in 0-1.
         rows: which tile each crop is cut from, int64 (N,).
         crops: tensors (N,); they and `rows` may lie on the CPU whatever the tiles' device, which saves waiting for it.
         px: side of the crops.
-        largest: no box is longer than this; what is read around a box follows from it. S is always right.
+        largest: no box is longer than this; how many pixels the filter reads follows from it.
+        radius: of the blur's kernel in pixels of the crop, from `blur_radius`.
     """
-    tile_px, device = tiles.shape[3], tiles.device
+    device = tiles.device
     blurred, turned = (to_device(flag.nonzero()[:, 0], device) for flag in (crops.sigma > 0, crops.transpose))
-    rows, crops = (
-        to_device(rows, device),
-        Crops(**{f.name: to_device(getattr(crops, f.name), device) for f in fields(crops)}),
-    )
-    reach = math.ceil(2 * max(largest / px, 1.0)) + 1
-    window = min(tile_px, math.ceil(largest) + 2 * reach + 2)
-    size = {"px": px, "window": window, "reach": reach, "tile_px": tile_px}
-    with torch.autocast(device.type, enabled=False):
-        across, left = _axis(crops.x, crops.width, crops.flip_x, **size)
-        down, top = _axis(crops.y, crops.height, crops.flip_y, **size)
-        blur = _blur(crops.sigma[blurred], px)
-        for matrix in (across, down):
-            matrix[blurred] = torch.bmm(blur, matrix[blurred])
-        windows = tiles.unfold(2, window, 1).unfold(3, window, 1)[rows, :, top, left]
-        narrow = torch.bmm(windows.to(torch.float32).flatten(1, 2), across.mT)
-        crop = torch.matmul(down[:, None], narrow.view(-1, 3, window, px))
+    rows = to_device(rows, device)
+    crops = Crops(**{f.name: to_device(getattr(crops, f.name), device) for f in fields(crops)})
+    size = {"px": px, "tile_px": tiles.shape[3], "taps": math.floor(4 * max(largest / px, 1.0)) + 1}
+    down = sum_rows(tiles, rows, *_filter(crops.y, crops.height, crops.flip_y, **size))
+    every = torch.arange(len(rows), device=device)
+    crop = sum_rows(down.mT.contiguous(), every, *_filter(crops.x, crops.width, crops.flip_x, **size))
+    if len(blurred):
+        soft, blur = crop[blurred], _blur(crops.sigma[blurred], px, radius)
+        for _ in range(2):
+            soft = sum_rows(soft, every[: len(soft)], *blur).mT.contiguous()
+        crop[blurred] = soft
+    crop = crop.mT.contiguous()
     crop[turned] = crop[turned].mT
-    return crop.div_(255).clamp_(0, 1)
+    return crop.clamp_(0, 1)
+
+
+def sum_rows(planes: Tensor, images: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """Return weighted sums of the rows of some images: (N, C, px, W).
+
+    Args:
+        planes: float32 (B, C, H, W), contiguous.
+        images: which image each sum is of, int64 (N,).
+        weights: (N, px, taps).
+        index: which rows are summed, int64 (N, px, taps), 0 to H - 1.
+    """
+    _, channels, height, width = planes.shape
+    plane = images[:, None] * channels + torch.arange(channels, device=planes.device)
+    index = (plane[:, :, None, None] * height + index[:, None]).to(torch.int32)  # (N, C, px, taps)
+    weights = weights[:, None].expand(index.shape)
+    taps = index.shape[-1]
+    # a bag of embeddings is a sum of rows of a table: no window is copied, nothing is multiplied by zero
+    table = planes.view(-1, width)
+    out = functional.embedding_bag(
+        index.reshape(-1, taps), table, per_sample_weights=weights.reshape(-1, taps), mode="sum"
+    )
+    return out.view(len(images), channels, index.shape[2], width)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -172,10 +192,8 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=device.type == "cuda")
 
 
-def _axis(
-    start: Tensor, length: Tensor, flip: Tensor, *, px: int, window: int, reach: int, tile_px: int
-) -> tuple[Tensor, Tensor]:
-    """Return the weights (N, px, window) of one axis, and the tile's pixel where each window starts, int64 (N,).
+def _filter(start: Tensor, length: Tensor, flip: Tensor, *, px: int, tile_px: int, taps: int) -> tuple[Tensor, Tensor]:
+    """Return the weights (N, px, taps) along one axis and the pixels of the tile that they are of.
 
     Output pixel i is centred on start + (i + 1/2) length / px. A tile's pixels beyond the box count, as in PIL's
     `resize(box=...)`; beyond the tile there is nothing, and the weights of the rest sum to 1.
@@ -184,14 +202,9 @@ def _axis(
     centre = start[:, None] + factor * (torch.arange(px, device=start.device) + 0.5)
     centre = torch.where(flip[:, None], centre.flip(1), centre)[..., None]
     spread = factor.clamp(min=1)[..., None]
-    taps = 2 * reach
-    position = (centre - 2 * spread).floor() + torch.arange(taps, device=start.device)
+    position = (centre - 2 * spread - 0.5).ceil() + torch.arange(taps, device=start.device)
     weight = _cubic((position + 0.5 - centre).abs() / spread) * ((position >= 0) & (position < tile_px))
-    weight = weight / weight.sum(2, keepdim=True)
-    origin = (start - reach).floor().clamp(0, tile_px - window).long()
-    column = position.long() - origin[:, None, None] + taps
-    matrix = weight.new_zeros(len(start), px, window + 2 * taps).scatter_(2, column, weight)
-    return matrix[:, :, taps:-taps], origin
+    return weight / weight.sum(2, keepdim=True), position.clamp(0, tile_px - 1).long()
 
 
 def _cubic(distance: Tensor) -> Tensor:
@@ -201,16 +214,17 @@ def _cubic(distance: Tensor) -> Tensor:
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
-def _blur(sigma: Tensor, px: int) -> Tensor:
-    """Return the matrices (N, px, px) of a Gaussian of `sigma` (N,) pixels that is reflected at the edges.
+def blur_radius(config: ViewConfig) -> int:
+    """Return how many pixels to either side the blur reads: three standard deviations of the widest."""
+    return math.ceil(3 * config.blur_sigma_px[1])
 
-    Where sigma is 0, the matrix is the identity, exactly.
-    """
-    offset = torch.arange(2 * px - 1, device=sigma.device)
-    bell = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    both_sides = torch.cat([bell[:, 1:px].flip(1), bell[:, :px]], 1)
-    band = both_sides.unfold(1, px, 1).flip(1)
-    mirrored = bell.unfold(1, px, 1).clone()
-    mirrored[:, :, 0] = 0
-    band = band + mirrored + mirrored.flip(1, 2)
-    return band / band.sum(2, keepdim=True)
+
+def _blur(sigma: Tensor, px: int, radius: int) -> tuple[Tensor, Tensor]:
+    """Return the weights (N, px, taps) of a Gaussian of `sigma` (N,) pixels and their pixels, mirrored at the edges."""
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    bell = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    bell = bell / bell.sum(1, keepdim=True)
+    pixel = (torch.arange(px, device=sigma.device)[:, None] + offset).abs()
+    pixel = px - 1 - (px - 1 - pixel).abs()
+    size = (len(sigma), px, 2 * radius + 1)
+    return bell[:, None].expand(size), pixel.expand(size)

@@ -166,6 +166,6 @@ PRESETS = {
     ),
     "extended-context": ViewConfig(extended_context=1.0),
     "simclr": ViewConfig(local_crops=0, global_scale=(0.2, 1.0), blur=(0.5, 0.5, 0.5)),
-    "stain-pairs": ViewConfig(local_crops=0, stain_pairs=True, stain="he", stain_scale=0.3, stain_shift=0.1),
+    "stain-pairs": ViewConfig(local_crops=0, stain_pairs=True, stain="he", stain_scale=0.3, stain_shift=0.1, grey=0.0),
 }
 """Named configurations. "dinov2" is upstream's augmentation; "simclr" and "stain-pairs" give two crops a tile."""

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from eosin.pretrain.crops import Crops, cut, draw_crops, largest_side, to_device
+from eosin.pretrain.crops import Crops, blur_radius, cut, draw_crops, largest_side, to_device
 from eosin.pretrain.photometric import Colours, draw_colours, recolour, stain_basis
 from eosin.pretrain.view_config import BLUR_AS_PUBLISHED, BLUR_AS_RELEASED, PRESETS, ViewConfig
 
@@ -61,11 +61,11 @@ def make_views(tiles: Tensor, config: ViewConfig, generator: torch.Generator) ->
     colours = draw_colours(batch, config, generator=generator)
     basis = stain_basis(tiles, config.stain if bool(colours.stained.any()) else "hed")
     views: list[list[Tensor]] = []
-    for local, part in ((False, slice(0, 2)), (True, slice(2, None))):
-        px = config.local_px if local else config.global_px
-        largest = largest_side(tile_px, config, local=local)
-        drawn = _flat(crops, part), _flat(colours, part)
-        views.append(_render(tiles, *drawn, basis=basis, config=config, px=px, largest=largest))
+    with torch.autocast(tiles.device.type, enabled=False), torch.no_grad():
+        light = tiles.to(torch.float32).div_(255)
+        for local, part in ((False, slice(0, 2)), (True, slice(2, None))):
+            drawn = _flat(crops, part), _flat(colours, part)
+            views.append(_render(light, *drawn, basis=basis, config=config, local=local))
     return Views(global_=views[0], local=views[1], crops=crops)
 
 
@@ -93,18 +93,19 @@ def _render(
     *,
     basis: tuple[Tensor, Tensor],
     config: ViewConfig,
-    px: int,
-    largest: float,
+    local: bool,
 ) -> list[Tensor]:
     """Return the views of one size, tensors (B, 3, px, px)."""
     batch, count = len(tiles), len(crops.x)
+    px = config.local_px if local else config.global_px
+    largest, radius = largest_side(tiles.shape[3], config, local=local), blur_radius(config)
     out = torch.empty(count, 3, px, px, device=tiles.device)
     mean, std = (torch.tensor(v, device=tiles.device)[:, None, None] for v in (config.mean, config.std))
     step = max(1, _PIECE[tiles.device.type] // (px * px))
     for start in range(0, count, step):
         piece = slice(start, start + step)
         rows = torch.arange(count)[piece] % batch
-        images = cut(tiles, rows, crops[piece], px=px, largest=largest)
+        images = cut(tiles, rows, crops[piece], px=px, largest=largest, radius=radius)
         where = to_device(rows, tiles.device)
         images = recolour(images, colours[piece], (basis[0][where], basis[1][where]))
         torch.div(images.sub_(mean), std, out=out[piece])
