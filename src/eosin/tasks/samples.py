@@ -75,7 +75,9 @@ class Samples:
         return str(self.encoder["name"])
 
 
-def read_samples(features: Path, cohort: Cohort, *, encoder: str | None = None, cache: Path | None = None) -> Samples:
+def read_samples(
+    features: Path | str, cohort: Cohort, *, encoder: str | None = None, cache: Path | None = None
+) -> Samples:
     """Return the features of each row of a cohort.
 
     A store gives the tile at (x, y) where a row has a position, else the mean of the slide's kept tiles. A folder of
