@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +122,7 @@ class Source(ABC):
 
     A unit (slide or tile file) that breaks is left out, with a warning, from the draw in which that was
     found on; what takes its place is drawn from the same group, so the result is still such a function.
+    Stop the readers at the end: `close`, or a with statement.
 
     Args:
         slide_ids: names of the slides.
@@ -387,7 +388,7 @@ class Source(ABC):
             self._pool.close()
         self._pool, self._size = None, 0
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> Self:
         """Return the source itself."""
         return self
 

@@ -136,6 +136,7 @@ class SlideSource(Source):
                     errors[i] = error
         finally:
             pool.close()
+        log.info("found the tissue of %d of %d slides", count - len(errors), count)
         return errors
 
     def _unit_name(self, unit: int) -> str:
