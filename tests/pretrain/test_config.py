@@ -107,12 +107,15 @@ def test_what_is_missing_is_named() -> None:
 
 def test_sections_must_fit_each_other() -> None:
     with pytest.raises(ConfigError, match=r"tile_px is 240; extended-context crops of 224 px need at least 253"):
-        small(("views.preset", "ect"), ("data.sample.tile_px", 240))
+        small(("views.preset", "extended-context"), ("data.sample.tile_px", 240))
     with pytest.raises(ConfigError, match=r"run\.weights is not given: nothing is warm"):
         small(("schedule.warm_start", True), ("schedule.momentum", [0.9995, 0.9995]))
     with pytest.raises(ConfigError, match=r"run\.batch is 1; KoLeo, KDE and SimCLR compare images"):
         small(("run.batch", 1))
     assert small(("run.batch", 1), ("objective.koleo", 0)).objective.koleo == 0
+    with pytest.raises(ConfigError, match=r"views\.local_px is 50; it must be a multiple"):
+        small(("views.local_px", 50))
+    assert small(("views.local_px", 50), ("views.local_crops", 0)).views.local_px == 50
     with pytest.raises(ConfigError, match="anchor and adversary are both 'site'"):
         small(("objective.adversary", "site"), ("objective.anchor", "site"))
 

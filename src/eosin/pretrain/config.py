@@ -252,9 +252,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse sections that do not fit each other."""
-        for name, side in (("views.global_px", self.views.global_px), ("views.local_px", self.views.local_px)):
-            if side % self.model.patch_px:
-                raise ConfigError(f"{name} is {side}; it must be a multiple of model.patch_px, {self.model.patch_px}")
+        patch = self.model.patch_px
+        for name, used in (("global_px", True), ("local_px", self.views.local_crops > 0)):
+            if used and getattr(self.views, name) % patch:
+                side = getattr(self.views, name)
+                raise ConfigError(f"views.{name} is {side}; it must be a multiple of model.patch_px, {patch}")
         tile, least = self.data.sample.tile_px, self.views.least_tile_px()
         if tile < least:
             what = f"extended-context crops of {self.views.global_px} px need at least {least}"
