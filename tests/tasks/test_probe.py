@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -416,3 +418,19 @@ def test_atypical_mitoses(real_data: Path) -> None:
     codes = np.unique(study.task.site, return_inverse=True)[1]
     splits = grouped_kfold(codes, groups=study.task.group, folds=3)
     assert measure.site_leakage(x, study.task, splits)["accuracy"]["point"] > 0.97
+
+
+def test_the_page_on_mitoses_shows_its_results() -> None:
+    root = Path(__file__).parents[2]
+    path = root / "benchmarks" / "amf.py"
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location("benchmark_amf", path)
+    assert spec is not None
+    assert spec.loader is not None
+    amf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(amf)
+    sys.path.remove(str(path.parent))
+    page = amf.PAGE.read_text()
+    found = amf.tables(json.loads(amf.RESULT.read_text()))
+    assert amf.rendered(page, found) == page
+    assert all(f"<!-- amf:{name} -->" in page for name in found)
