@@ -318,7 +318,7 @@ def _curves(r: Row) -> list[Block]:
     columns = [
         "encoder",
         *(f"{100 * row['fraction']:g} % ({row['groups']:g})" for row in curves[0]["rows"]),
-        "25 % / 100 %",
+        "25 %/all",
     ]
     where = "the external rows" if r["data"]["external"] else "the first fold"
     caption = (
