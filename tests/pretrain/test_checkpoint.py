@@ -413,11 +413,27 @@ def resume_and_compare(folder: Path, rank: int, expected: dict[str, torch.Tensor
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0 if exact else 1e-6, msg=key)
 
 
+def check_sharded_average() -> None:
+    """Average a sharded teacher and student: the whole tensors must be those of one process, bit by bit."""
+    torch.manual_seed(0)
+    student, mesh = nn.Linear(6, 5), init_device_mesh("cpu", (dist.get_world_size(),))
+    teacher = make_teacher(student)
+    with torch.no_grad():
+        student.weight.add_(1)
+    expected = torch.lerp(teacher.weight, student.weight, 1 - 0.9)
+    with pytest.raises(WeightsError, match="sharded one way"):
+        pair(teacher, fully_shard(student, mesh=mesh))
+    update(pair(fully_shard(teacher, mesh=mesh), student), momentum=0.9)
+    assert isinstance(teacher.weight, DTensor)
+    assert torch.equal(teacher.weight.full_tensor(), expected)
+
+
 def as_rank(rank: int, world: int, folder: Path) -> None:
     """Save and resume as one of `world` ranks, sharded, replicated and alone, in every direction."""
     logging.disable(logging.WARNING)
     join = {"backend": "gloo", "rank": rank, "world_size": world}
     dist.init_process_group(**join, init_method=f"file://{folder}/first")
+    check_sharded_average()
     sharded = save_and_go_on(folder / "sharded", rank, shard=True)
     resume_and_compare(folder / "sharded", rank, sharded, shard=True, exact=True)
     replicated = save_and_go_on(folder / "replicated", rank, shard=False)
