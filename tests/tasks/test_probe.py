@@ -355,6 +355,16 @@ def test_the_same_image_in_two_folds_stops_everything(tmp_path: Path) -> None:
         probe(features, table, SMALL, out=tmp_path / "out")
 
 
+def test_copies_inside_the_external_set_are_told(tmp_path: Path) -> None:
+    features, table, frame, x = written(tmp_path)
+    of = np.arange(len(frame)) % 60
+    x[of == 3] = x[of == 4]
+    np.save(features, x)
+    report = probe(features, table, replace(SMALL, seeds=1, external=("part", "outside")), out=tmp_path / "out")
+    assert [one.kind for one in report.remarks if one.severity == "warning"] == ["near-duplicates"]
+    assert "10 pairs" in next(one.message for one in report.remarks if one.kind == "near-duplicates")
+
+
 def samples(table: pd.DataFrame, x: np.ndarray) -> Samples:
     return Samples(x=x, cohort=read_cohort(table), encoder={"name": "tiny", "dim": x.shape[1]}, source="array")
 

@@ -241,7 +241,8 @@ def _measure(study: _Study, samples: Samples) -> _Found:
         "name": samples.name,
         "dim": x.shape[1],
         "spec": samples.encoder,
-        "notes": [*samples.notes, *(one.message for one in leaks.findings if one.kind.startswith("near"))],
+        "notes": list(samples.notes),
+        "near_duplicates": [one.message for one in leaks.findings if one.kind == "near-duplicate-features"],
         "chosen": chosen(head),
         "threshold": {"final": made.threshold, "folds": list(oof.thresholds)},
         "within": measure.within(oof, task),
@@ -411,6 +412,8 @@ def _report(
         for one in leaks["findings"]
         if one["severity"] == "warning"
     ]
+    copies = {message: None for one in found for message in one.values["near_duplicates"]}  # once, if all say the same
+    remarks += [Remark(kind="near-duplicates", severity="warning", message=message) for message in copies]
     remarks += [remark for one in found for remark in _doubts(one, task)]
     remarks += [Remark(kind="cohort", severity="note", message=note) for note in study.cohort.notes]
     return Report(
