@@ -17,10 +17,11 @@ from encoders_for_tests import CrashingJob, MeanEncoder, NanEncoder
 import slidegen
 from eosin.errors import CohortError, NonFiniteError, NoTissueError, StoreError, StoreMismatchError
 from eosin.features.extraction import Settings, run
-from eosin.features.jobs import find_jobs, shard_jobs
+from eosin.features.jobs import Job, find_jobs, shard_jobs
 from eosin.features.readers import ReaderPool, ReaderState
 from eosin.features.store import FeatureStore
 from eosin.slides import open_slide
+from eosin.slides.footprint import FILTER
 from eosin.tiles import TileSpec, tile
 
 SPEC = TileSpec(tile_px=64, mpp=1.0, min_tissue=0.1)
@@ -96,6 +97,18 @@ def test_another_recipe_is_refused_by_name(cohort: Path, tmp_path: Path) -> None
         run(cohort / "two.svs", replace(SPEC, mpp=0.75), MeanEncoder(), out=tmp_path, workers=0)
     with pytest.raises(StoreMismatchError, match="precision"):
         run(cohort / "two.svs", SPEC, MeanEncoder(precision="bf16"), out=tmp_path, workers=0)
+
+
+def test_a_store_made_by_another_filter_is_refused(cohort: Path, tmp_path: Path) -> None:
+    """What version 1 of the pipeline left: pixels made coarser by whatever the codec offered."""
+    recipe = run(cohort / "two.svs", SPEC, MeanEncoder(), out=tmp_path / "new", workers=0).stores[0].recipe
+    assert (recipe.tile["filter"], recipe.version) == (FILTER, 2)
+    tile = {key: value for key, value in recipe.tile.items() if key != "filter"}
+    FeatureStore.create(tmp_path / "old", replace(recipe, tile=tile, version=1))
+    with pytest.raises(
+        StoreMismatchError, match=r'tile\.filter: here "mean of .*, store has nothing\n  version: here 2'
+    ):
+        run(cohort / "two.svs", SPEC, MeanEncoder(), out=tmp_path / "old", workers=0)
 
 
 def test_several_encoders_and_mpps_share_one_decode(cohort: Path, tmp_path: Path) -> None:
@@ -320,6 +333,25 @@ def test_a_crashed_reader_costs_one_task() -> None:
         with pytest.raises(ReaderCrashError, match=r"SIGSEGV.*reading tile 7 of evil\.svs"):
             pool.result(bad)
         assert [pool.result(t) for t in tickets] == [2 * i for i in range(40)]
+    finally:
+        pool.close()
+
+
+def opened_before(state: ReaderState, job: Job) -> int:
+    """Open a slide; return how many were open."""
+    count = len(state._slides)
+    state.slide(job).size_px  # noqa: B018
+    return count
+
+
+def test_the_planner_keeps_no_slide_and_readers_keep_a_few(cohort: Path) -> None:
+    """Decoded native tiles of a thumbnail would stay for the rest of the run."""
+    pool = ReaderPool(workers=1, slots=1, slot_bytes=1)
+    try:
+        jobs = [*find_jobs([cohort]), *find_jobs([cohort / "a"])] * 2
+        for planning, expected in ((True, [0] * 8), (False, [0, 1, 2, 3, 3, 3, 3, 3])):
+            tickets = [pool.submit("opening", opened_before, job, planning=planning) for job in jobs]
+            assert [min(3, pool.result(ticket)) for ticket in tickets] == expected
     finally:
         pool.close()
 

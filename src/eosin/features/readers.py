@@ -33,6 +33,8 @@ from eosin.geometry import ReadPlan
 from eosin.slides import Slide
 
 OPEN_SLIDES = 3
+# glibc gives blocks of this size and more back when they are freed; left alone, it learns to keep those of a thumbnail.
+MMAP_BYTES = 4 * 2**20
 SENT_AHEAD = 4
 TASK_TIMEOUT_S = 900.0
 
@@ -40,8 +42,11 @@ TASK_TIMEOUT_S = 900.0
 class ReaderState:
     """What one reader keeps between tasks: open slides, threads, and the shared pixels."""
 
-    def __init__(self, pixels: npt.NDArray[np.uint8], slot_bytes: int, threads: int) -> None:
+    def __init__(
+        self, pixels: npt.NDArray[np.uint8], slot_bytes: int, threads: int, *, keep: int = OPEN_SLIDES
+    ) -> None:
         self.pixels = pixels
+        self.keep = keep
         self.slot_bytes = slot_bytes
         self._slides: OrderedDict[Job, Slide] = OrderedDict()
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -51,12 +56,16 @@ class ReaderState:
         key = job
         if key not in self._slides:
             self._slides[key] = job.open()
-            while len(self._slides) > OPEN_SLIDES:
-                _, old = self._slides.popitem(last=False)
-                if old is not job.source:
-                    old.close()
+            self.close_slides(max(1, self.keep))
         self._slides.move_to_end(key)
         return self._slides[key]
+
+    def close_slides(self, keep: int) -> None:
+        """Close all but the last `keep` slides that this reader opened, with their decoded native tiles."""
+        while len(self._slides) > keep:
+            job, old = self._slides.popitem(last=False)
+            if old is not job.source:
+                old.close()
 
     def slot(self, index: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         """Return slot `index` of the shared pixels as an array of `shape`."""
@@ -73,10 +82,7 @@ class ReaderState:
 
     def close(self) -> None:
         """Close every slide this reader opened."""
-        for job, slide in self._slides.items():
-            if slide is not job.source:
-                slide.close()
-        self._slides.clear()
+        self.close_slides(0)
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -120,13 +126,16 @@ def read_tiles(
     return status, table
 
 
-def serve(connection_fd: int, memory_fd: int, size: int, slot_bytes: int, threads: int) -> None:
-    """Run tasks from the connection until it closes; the main function of a reader process."""
+def serve(connection_fd: int, memory_fd: int, size: int, slot_bytes: int, threads: int, keep: int) -> None:
+    """Run tasks from the connection until it closes; the main function of a reader process.
+
+    Between tasks at most `keep` slides stay open.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     connection: Connection = Connection(connection_fd)
     sys.path[:] = connection.recv()
     pixels = np.frombuffer(mmap.mmap(memory_fd, size), dtype=np.uint8)
-    state = ReaderState(pixels, slot_bytes, threads)
+    state = ReaderState(pixels, slot_bytes, threads, keep=keep)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is done, or dead
         while True:
             function, args = connection.recv()
@@ -139,6 +148,8 @@ def serve(connection_fd: int, memory_fd: int, size: int, slot_bytes: int, thread
             except Exception as error:  # crosses the process boundary; `ReaderPool.result` raises it again
                 answer = (False, SlideError(f"{type(error).__name__}: {error}"))
             connection.send(answer)
+            del answer, args
+            state.close_slides(keep)
     state.close()
 
 
@@ -162,12 +173,14 @@ class _Process:
     while the other does the same.
     """
 
-    def __init__(self, memory_fd: int, size: int, slot_bytes: int, threads: int) -> None:
+    def __init__(self, memory_fd: int, size: int, slot_bytes: int, threads: int, keep: int) -> None:
+        self.keep = keep
         ours, theirs = socket.socketpair()
         # Not multiprocessing: its children import the user's script again, and need a main guard in it.
-        call = f"serve({theirs.fileno()}, {memory_fd}, {size}, {slot_bytes}, {threads})"
+        call = f"serve({theirs.fileno()}, {memory_fd}, {size}, {slot_bytes}, {threads}, {keep})"
         command = [sys.executable, "-c", f"from eosin.features.readers import serve; {call}"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(MMAP_BYTES), **os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(), memory_fd), env=environment)
         theirs.close()
         self.connection: Connection = Connection(ours.detach())
@@ -205,11 +218,12 @@ class ReaderPool:
         # Left to the garbage collector: closing a map that arrays still look into is an error.
         block = mmap.mmap(self._memory_fd, self._size) if self._memory_fd is not None else bytearray(self._size)
         self._state = ReaderState(np.frombuffer(block, dtype=np.uint8), slot_bytes, threads)
-        self._readers = [self._start() for _ in range(workers + 1)] if workers else []
+        # The planner sees each slide once.
+        self._readers = [self._start(keep) for keep in (0, *[OPEN_SLIDES] * workers)] if workers else []
 
-    def _start(self) -> _Process:
+    def _start(self, keep: int) -> _Process:
         assert self._memory_fd is not None
-        return _Process(self._memory_fd, self._size, self._slot_bytes, self._threads)
+        return _Process(self._memory_fd, self._size, self._slot_bytes, self._threads, keep)
 
     def submit(self, what: str, function: Callable[..., Any], *args: Any, planning: bool = False) -> Ticket:
         """Give ``function(state, *args)`` to the least busy reader; `what` names it in an error.
@@ -275,7 +289,7 @@ class ReaderPool:
             culprit = dead.sent.popleft()
             culprit.done = True
             culprit.answer = (False, ReaderCrashError(f"the reader process died ({reason}) while {culprit.what}"))
-        fresh = self._start()
+        fresh = self._start(dead.keep)
         fresh.waiting = deque([*dead.sent, *dead.waiting])
         fresh.send()
         return fresh

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-BAND_ROWS = 128
+BAND_ROWS = 64
 
 Image = npt.NDArray[np.uint8]
 Field = npt.NDArray[np.float32]
