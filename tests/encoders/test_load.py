@@ -190,6 +190,22 @@ def test_a_timm_folder_is_read(tmp_path: Path) -> None:
         assert encoder.encode(TILES[:, :64, :64]).shape == (3, 48)
 
 
+def test_a_timm_folder_of_a_convolutional_network_is_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=7).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "tf_efficientnet_lite0", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    encoder = load_encoder(tmp_path, **PLAIN)
+    images = torch.from_numpy(TILES).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        wanted = network.forward_features(images).mean((2, 3)).numpy()
+    np.testing.assert_allclose(encoder.encode(TILES), wanted, atol=1e-5)
+    save_file({**network.state_dict(), "stranger": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="unexpected: stranger"):
+        load_encoder(tmp_path, **PLAIN)
+
+
 def test_code_shipped_with_a_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}')
     with pytest.raises(WeightsError, match="not executed"):

@@ -196,7 +196,10 @@ def _configured(get: Callable[[str], Path], *, name: str, source: str) -> Loaded
             network = build_network(arch, args, img_size=args.pop("img_size", None))
         mean, std = given.get("mean", IMAGENET_MEAN), given.get("std", IMAGENET_STD)
         spec = _describe(network, name=name, source=source, arch=arch, args=args, side=side, mean=mean, std=std)
-        return _fit(spec, to_timm(read_model(get, name=name)))
+        checkpoint = read_model(get, name=name)
+        if network.state_dict().keys() <= checkpoint.keys():  # timm's own names, whatever the architecture
+            return _fit(spec, Converted(layout="timm", state=dict(checkpoint)))
+        return _fit(spec, to_timm(checkpoint))
     kind = config.get("model_type")
     if kind not in HF_TYPES:
         raise WeightsError(

@@ -370,7 +370,9 @@ def fill(network: nn.Module, converted: Converted, *, what: str) -> None:
     wanted = network.state_dict()
     state = dict(converted.state)
     if converted.layout == "timm" and "head.weight" not in wanted:
-        state = {key: value for key, value in state.items() if not re.match(r"^(head|fc_norm)\.", key)}
+        named = getattr(network, "default_cfg", {}).get("classifier", "head")
+        classifier = tuple(f"{name}." for name in ("head", "fc_norm", *((named,) if isinstance(named, str) else named)))
+        state = {key: value for key, value in state.items() if key in wanted or not key.startswith(classifier)}
     missing = sorted(wanted.keys() - state.keys())
     unexpected = sorted(state.keys() - wanted.keys())
     shapes = [
