@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-import eosin
 from eosin.errors import CohortError
 from eosin.features.jobs import Job, find_jobs, shard_jobs
 from eosin.features.pipeline import STAIN_SAMPLE, Extraction, Normaliser, Pixels, Status, TileEncoder, write_durably
@@ -35,6 +34,7 @@ from eosin.slides.footprint import FILTER
 from eosin.tiles import TileGrid, TileSpec
 from eosin.tiles.mask import MASK_MPP
 from eosin.tiles.qc import DEFAULT_RULES
+from eosin.version import __version__
 
 TISSUE_VERSION = 2
 """Raised when `tissue_mask` would find other tissue on the same slide."""
@@ -309,7 +309,7 @@ def _write_run(
     """Write ``run.json``: what ran where, for how long, and what became of each slide."""
     name = "run.json" if shard is None else f"run-{shard[0]}of{shard[1]}.json"
     record = {
-        "eosin": eosin.__version__,
+        "eosin": __version__,
         "recipe_hash": store.recipe.hash,
         "recipe": store.recipe.to_dict(),
         "runtime": encoder.runtime(),
