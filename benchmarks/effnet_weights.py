@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 
 from eosin.cohort import read_cohort
-from eosin.encoders.encoder import Encoder
 from eosin.encoders.checkpoints import hash_weights, timm_spec
+from eosin.encoders.encoder import Encoder
 from eosin.encoders.network import Backbone, build_network
 from eosin.tasks.samples import encode_images
 

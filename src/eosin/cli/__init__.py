@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from eosin.cli import encoders, evaluate, extract, look, probe
+from eosin.cli import encoders, evaluate, extract, look, pretrain, probe
 from eosin.errors import EosinError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(look.verify)
 app.command()(look.convert)
 app.command()(probe.probe)
 app.command()(evaluate.validate)
+app.command()(pretrain.pretrain)
 
 
 @app.callback()
