@@ -12,7 +12,19 @@ from eosin.cli import app, main
 from eosin.cli.options import parse_mpp, parse_shard
 from eosin.features.store import FeatureStore
 
-COMMANDS = ("demo", "info", "doctor", "encoders", "tile", "extract", "verify", "convert", "probe", "validate", "pretrain")
+COMMANDS = (
+    "demo",
+    "info",
+    "doctor",
+    "encoders",
+    "tile",
+    "extract",
+    "verify",
+    "convert",
+    "probe",
+    "validate",
+    "pretrain",
+)
 
 
 def eosin(*args: object) -> Result:
