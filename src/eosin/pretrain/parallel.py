@@ -67,7 +67,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """Return a module whose gradients are averaged over the ranks; the module itself without a process group."""
     if world_size() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def without_sync(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
