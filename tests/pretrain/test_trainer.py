@@ -15,7 +15,7 @@ from trainer_runs import crops_of, small, source, write_held_out, write_tiles
 
 import eosin
 from eosin.errors import NonFiniteError
-from eosin.pretrain import engine, inputs
+from eosin.pretrain import engine, held_out, inputs
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.objective import loss_weights
 from eosin.pretrain.schedules import step_values
@@ -376,3 +376,27 @@ def test_hours_become_steps_once(tiles: Path, tmp_path: Path) -> None:
     assert outcome.budget.seconds_per_step is not None
     assert outcome.budget.steps == int(0.3 / outcome.budget.seconds_per_step)
     assert run(config, tmp_path / "out").budget == outcome.budget
+
+
+@pytest.mark.slow
+def test_training_teaches(tmp_path: Path) -> None:
+    """Neighbours tell textures of unseen patients better than before training and than with shuffled labels."""
+    path = write_tiles(tmp_path / "tiles.npy", 512)
+    held = write_held_out(tmp_path / "held", 160)
+    config = small(
+        path, model__depth=4, model__registers=2, model__drop_path=0.0, views__local_crops=4, views__grey=0.0,
+        views__blur=[0.0, 0.0, 0.0], views__global_scale=[0.5, 1.0], views__local_scale=[0.15, 0.4],
+        objective__prototypes=256, objective__hidden=128, objective__bottleneck=32, schedule__weight_decay=[0.04, 0.1],
+        budget__steps=250, run__batch=32, watch__log_every=50, watch__probe=str(held),
+    )  # fmt: skip
+    outcome = run(config, tmp_path / "out")
+    before, after = (row["probe"] for row in read_log(outcome.out) if "probe" in row)
+    images = held_out.read_held_out(held, patch_px=8)
+    encoder = eosin.load_encoder(outcome.encoder or "", device="cpu", backend="torch", precision="fp32")
+    features = encoder.encode(images.tiles.movedim(1, 3).contiguous().numpy())
+    assert held_out.probe(features, images, seed=0)["knn"]["point"] == pytest.approx(after["knn"]["point"], abs=0.03)
+    shuffled = dataclasses.replace(images, y=np.random.default_rng(0).permutation(images.y))
+    control = held_out.probe(features, shuffled)["knn"]["point"]
+    assert after["knn"]["point"] > before["knn"]["point"] + 0.1
+    assert after["knn"]["point"] > control + 0.1
+    assert after["rankme"] > before["rankme"]
