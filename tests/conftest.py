@@ -10,8 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import settings
 
 import slidegen
+
+# The same examples in every run: a red build means a change, not a draw. HYPOTHESIS_PROFILE=search draws anew.
+settings.register_profile("repeat", derandomize=True)
+settings.register_profile("search")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
 @pytest.fixture(scope="session")
