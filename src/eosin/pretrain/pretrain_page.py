@@ -154,8 +154,8 @@ _LOSS_NOTE = (
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(3.9, 2.7), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(3.9, 2.7))
+    axes = figure.subplots(gridspec_kw={"left": 0.17, "right": 0.97, "top": 0.9, "bottom": 0.18})
     axes.set_title(title)
     axes.set_xlabel("optimiser step")
     axes.grid(visible=True, axis="y", color=LINE, lw=0.5)
