@@ -84,7 +84,7 @@ def test_a_step_costs_what_torch_counts(model: dict[str, Any]) -> None:
     expected_rows = 2 + masked_patches(config) + 3 * (10 + masked_patches(config))
     assert found["heads"] == pytest.approx(expected_rows * row)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        Branch(config).eval()(crops.images[:1], None, crops.index, batch)
+        Branch(config).eval()(crops.images[:1], None, crops.places, batch)
     assert counter.get_total_flops() == pytest.approx(batch * (found["teacher"] + 2 * row) + masked * row)
     with FlopCounterMode(display=False) as counter:
         Student(config, {})(crops, 0.0, None)
