@@ -16,13 +16,13 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/eosin demo --out demo
 
-# Everything CI runs.
-test: lint
-	$(BIN)/python -m pytest
+# Everything CI runs: the fast tests side by side, then the slow ones (kills, timings, docs) each alone.
+test: lint fast
+	$(BIN)/python -m pytest -m slow
 
 # What to run while working.
 fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
 
 lint: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks
