@@ -60,6 +60,7 @@ def main(what: str, rank: int, world: int, folder: Path) -> None:
         source = trainer_runs.source(config, rank=rank, world=world)
         pretrain(config, folder / ("run" if what == "killed" else what), device="cpu", source=source)
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -83,3 +84,5 @@ RUNS = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in the usual way
