@@ -226,3 +226,9 @@ def test_rows_without_a_label_are_left_out_and_an_unknown_label_raises() -> None
     assert "over 39 patients" in next(f.message for f in report.findings if f.kind == "origin-and-label")
     with pytest.raises(LabelError, match="no column 'lalel'; closest: label"):
         leakage_report(read_cohort(frame), label="lalel")
+
+
+def test_cramers_v_of_known_tables() -> None:
+    assert cramers_v(np.eye(3) * 5)[0] == pytest.approx(1)
+    assert cramers_v(np.ones((2, 4)))[0] == 0
+    assert np.isnan(cramers_v([[3, 4]])[0])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from eosin.errors import CohortError, LabelError, NonFiniteError
-from eosin.evaluation.confounded import cramers_v, probe_sweep
+from eosin.evaluation.confounded import probe_sweep
 from eosin.evaluation.robustness import encoder_robustness, neighbours, weighted_median
 
 
@@ -200,16 +200,6 @@ def test_a_probe_at_chance_has_nothing_to_lose() -> None:
     assert found.nipd is None
     assert "at chance" in found.note
     assert probe_sweep(planted(6, 0, groups=16, rows=1)[0], *codes, iterations=1).note == ""
-
-
-def test_cramers_v_of_known_tables() -> None:
-    from scipy.stats.contingency import association
-
-    table = np.array([[10, 4, 3], [2, 8, 9]])
-    assert cramers_v(table) == pytest.approx(association(table, method="cramer"))
-    assert cramers_v(np.eye(3) * 5) == pytest.approx(1)
-    assert cramers_v(np.ones((2, 4))) == 0
-    assert np.isnan(cramers_v([[3, 4]]))
 
 
 def test_weighted_median_equals_numpy_on_repeated_values() -> None:

@@ -88,8 +88,8 @@ def split_conformal(
     if not 0 < alpha < 1:
         raise PredictionsError(f"alpha is {alpha:g}; it is the tolerated share of misses, between 0 and 1")
     labels, cal = _two_columns(y_cal, p_cal)
-    placeholder = np.zeros(len(np.atleast_1d(np.asarray(p_test))), dtype=np.int64)
-    _, test = _two_columns(placeholder, p_test)
+    unlabelled = np.zeros(len(np.atleast_1d(np.asarray(p_test))), dtype=np.int64)
+    _, test = _two_columns(unlabelled, p_test)  # the scores are checked as those of calibration; labels are not known
     if cal.shape[1] != test.shape[1]:
         raise PredictionsError(f"calibrated on {cal.shape[1]} classes, asked for sets of {test.shape[1]}")
     if (site_cal is None) != (site_test is None):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 
+from eosin.cohort.leakage import cramers_v
 from eosin.errors import CohortError
 
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -130,20 +131,6 @@ def probe_sweep(
     )
 
 
-def cramers_v(counts: npt.ArrayLike) -> float:
-    """Return Cramer's V of a contingency table (K, C): sqrt(chi2 / (n min(K - 1, C - 1))).
-
-    NaN where only one row or column is not empty.
-    """
-    table = np.asarray(counts, dtype=np.float64)
-    table = table[table.sum(1) > 0][:, table.sum(0) > 0]
-    if min(table.shape) < 2:
-        return float("nan")
-    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
-    chi2 = ((table - expected) ** 2 / expected).sum()
-    return float(np.sqrt(chi2 / (table.sum() * (min(table.shape) - 1))))
-
-
 def _one_cell_each(cell: Codes, groups: Codes, cells: int, rng: np.random.Generator) -> Codes:
     """Return the cell that every group serves (G,): of those it has, the one with the fewest groups so far."""
     owned = pd.DataFrame({"group": groups, "cell": cell}).drop_duplicates().groupby("group")["cell"].agg(list)
@@ -201,7 +188,7 @@ def _schedule(
     schedule, strengths = [], []
     for step in STEPS:
         counts = np.rint(budget * ((1 - step) / shape[0] + step * paired / partners)).astype(int)
-        strength = cramers_v(counts)
+        strength = cramers_v(counts)[0]
         if strengths and strength <= strengths[-1]:
             continue  # rounding made two steps alike
         takes = [(i, j, int(counts[i, j]) * rows_per_group) for i in range(shape[0]) for j in range(shape[1])]
