@@ -27,6 +27,15 @@
     │   └── LabelError                    a label column missing, of one class, or with too few of one
     ├── PredictionsError(ValueError)      scores that are NaN, outside 0-1 or of the wrong shape
     ├── ConvertError(ValueError)          a foreign file that is not what it should be
+    ├── ConfigError(ValueError)           a configuration that does not make sense
+    ├── CheckpointError(OSError)          a checkpoint is missing, broken or of another run
+    ├── CollapseError(RuntimeError)       training has failed: features no longer tell images apart
+    ├── IndexStoreError(OSError)          a search index on disk or behind an address
+    │   ├── IndexMismatchError            made from other features
+    │   ├── IndexCorruptError             half-written or altered on disk
+    │   ├── IndexLockedError              another process has it open
+    │   └── IndexUnreachableError         the server does not answer
+    ├── QueryError(ValueError)            a question that a search index cannot answer
     └── MissingDependencyError(ImportError)   an extra is not installed
 
 Each message says what was found, what was needed and what to do next.
@@ -148,6 +157,42 @@ class PredictionsError(EosinError, ValueError):
 
 class ConvertError(EosinError, ValueError):
     """A foreign file is not what it should be."""
+
+
+class ConfigError(EosinError, ValueError):
+    """A configuration that cannot be: an unknown key, a value of the wrong type or out of range."""
+
+
+class CheckpointError(EosinError, OSError):
+    """A checkpoint cannot be written, is damaged, or belongs to another run."""
+
+
+class CollapseError(EosinError, RuntimeError):
+    """Training has failed: the features no longer tell images apart."""
+
+
+class IndexStoreError(EosinError, OSError):
+    """A search index cannot be read or written."""
+
+
+class IndexMismatchError(IndexStoreError):
+    """The index was made from other features: encoder, weights, microns per pixel or dimension."""
+
+
+class IndexCorruptError(IndexStoreError):
+    """The index on disk is half-written or altered."""
+
+
+class IndexLockedError(IndexStoreError):
+    """Another process has the index open."""
+
+
+class IndexUnreachableError(IndexStoreError):
+    """The server that holds the index does not answer."""
+
+
+class QueryError(EosinError, ValueError):
+    """A query, filter or number of hits that the index cannot answer."""
 
 
 class MissingDependencyError(EosinError, ImportError):

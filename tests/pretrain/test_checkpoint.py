@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 import eosin.pretrain.checkpoint as module
-from eosin.errors import NonFiniteError, WeightsError
-from eosin.pretrain.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from eosin.errors import CheckpointError, NonFiniteError, WeightsError
+from eosin.pretrain.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from eosin.pretrain.config import PretrainConfig, parse_config
 from eosin.pretrain.ema import make_teacher, pair, update
 from eosin.pretrain.groups import apply_values, parameter_groups

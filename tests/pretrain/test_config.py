@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eosin.errors import EosinError
+from eosin.errors import ConfigError, EosinError
 from eosin.pretrain.config import NO_RESULT, PretrainConfig, parse_config, read_config
 from eosin.pretrain.model import PRESETS as MODELS
-from eosin.pretrain.tables import ConfigError, differences, dump_toml
+from eosin.pretrain.tables import differences, dump_toml
 from eosin.pretrain.view_config import PRESETS as VIEWS
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from eosin.errors import ConfigError
 from eosin.pretrain.config import PretrainConfig, parse_config
 from eosin.pretrain.masking import block_masks
 from eosin.pretrain.model import PRESETS, VisionTransformer
 from eosin.pretrain.objective import Branch, Crops, Student
 from eosin.pretrain.planner import forward_flops, masked_patches, plan
-from eosin.pretrain.tables import ConfigError
 
 RECIPE = {"data": {"paths": ["slides"]}, "budget": {"steps": 10}}
 

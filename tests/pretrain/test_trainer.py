@@ -14,14 +14,13 @@ from safetensors.torch import load_file, safe_open
 from trainer_runs import crops_of, small, source, write_held_out, write_tiles
 
 import eosin
-from eosin.errors import NonFiniteError
+from eosin.errors import CollapseError, ConfigError, NonFiniteError
 from eosin.pretrain import engine, held_out, inputs
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.objective import loss_weights
 from eosin.pretrain.schedules import step_values
-from eosin.pretrain.tables import ConfigError
 from eosin.pretrain.trainer import Outcome, pretrain
-from eosin.pretrain.watch import CollapseError, read_log
+from eosin.pretrain.watch import read_log
 
 CPU = torch.device("cpu")
 

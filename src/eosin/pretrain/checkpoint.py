@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from eosin.errors import EosinError, NonFiniteError, WeightsError
+from eosin.errors import CheckpointError, NonFiniteError, WeightsError
 from eosin.features.recipe import plain
 from eosin.features.writer import fsync_folder
 from eosin.pretrain.config import PretrainConfig
@@ -44,10 +44,6 @@ _ABOUT = "checkpoint.json"
 _FILE = "tensors.safetensors"
 _SHARDS = "shards"
 _UNFINISHED, _DELETED = ".unfinished-", ".deleted-"
-
-
-class CheckpointError(EosinError, OSError):
-    """A checkpoint cannot be written, is damaged, or belongs to another run."""
 
 
 @runtime_checkable

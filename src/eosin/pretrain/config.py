@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from eosin.errors import ConfigError
 from eosin.features.recipe import canonical_json
 from eosin.pretrain import model, view_config
 from eosin.pretrain.model import ModelConfig
 from eosin.pretrain.sampling import SampleConfig
 from eosin.pretrain.schedules import Budget, Rule, ScheduleSpec, resolve_budget, scaled_lr
-from eosin.pretrain.tables import ConfigError, dump_toml, from_table, require, to_table
+from eosin.pretrain.tables import dump_toml, from_table, require, to_table
 from eosin.pretrain.view_config import ViewConfig
 
 PRESETS: Mapping[type, Mapping[str, Any]] = {ModelConfig: model.PRESETS, ViewConfig: view_config.PRESETS}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eosin.encoders import load_encoder
 from eosin.encoders.encoder import Encoder
-from eosin.errors import WeightsError
+from eosin.errors import ConfigError, WeightsError
 from eosin.pretrain import ema
 from eosin.pretrain.adversary import reversal_ramp
 from eosin.pretrain.config import PretrainConfig
@@ -24,7 +24,6 @@ from eosin.pretrain.objective import Branch, Crops, Seen, Student, Targets, loss
 from eosin.pretrain.parallel import clip, data_parallel, put_away, shard, without_sync
 from eosin.pretrain.ranks import rank, world_size
 from eosin.pretrain.schedules import StepValues, step_values
-from eosin.pretrain.tables import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

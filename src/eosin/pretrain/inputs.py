@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eosin.cohort import Cohort, read_cohort
+from eosin.errors import ConfigError
 from eosin.features.jobs import find_jobs
 from eosin.pretrain.adversary import UNKNOWN, suppression_warnings
 from eosin.pretrain.config import PretrainConfig
@@ -18,7 +19,6 @@ from eosin.pretrain.loading import Loading
 from eosin.pretrain.masking import block_masks
 from eosin.pretrain.objective import Crops
 from eosin.pretrain.sources import AnySource, SlideSource
-from eosin.pretrain.tables import ConfigError
 from eosin.pretrain.tilesource import TileConfig, TileSource
 from eosin.pretrain.views import make_views
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eosin.errors import ConfigError
 from eosin.pretrain import losses
 from eosin.pretrain.adversary import AdversaryHead, adversary_loss
 from eosin.pretrain.config import ObjectiveConfig, PretrainConfig
 from eosin.pretrain.heads import ProjectionHead, mlp
 from eosin.pretrain.model import VisionTransformer
-from eosin.pretrain.tables import ConfigError
 
 SMALLEST_MASKED = 4
 FACTOR_HEADS = ("adversary", "anchor")

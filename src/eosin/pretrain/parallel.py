@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from eosin.errors import ConfigError
 from eosin.pretrain.model import Block
 from eosin.pretrain.ranks import world_size
-from eosin.pretrain.tables import ConfigError
 
 
 @contextlib.contextmanager

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from eosin.errors import ConfigError
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.model import ModelConfig
 from eosin.pretrain.objective import Branch, Student
 from eosin.pretrain.schedules import Budget, resolve_budget
-from eosin.pretrain.tables import ConfigError
 
 BACKWARD = 3
 """Forward and backward cost three forwards: one matrix product forward, two backward."""

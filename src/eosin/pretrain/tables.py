@@ -10,17 +10,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
-from eosin.errors import EosinError, closest
+from eosin.errors import ConfigError, closest
 
 T = TypeVar("T")
 Presets = Mapping[type, Mapping[str, Any]]
 Hidden = frozenset[tuple[type, str]]
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-class ConfigError(EosinError, ValueError):
-    """A configuration that cannot be: an unknown key, a value of the wrong type or out of range."""
 
 
 def from_table(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from eosin.errors import EosinError
+from eosin.errors import ConfigError, EosinError
 from eosin.features.pipeline import write_durably
 from eosin.pretrain import checkpoint, contact, engine, held_out, inputs, parallel, pretrain_page, watch
 from eosin.pretrain.config import PretrainConfig
@@ -28,7 +28,7 @@ from eosin.pretrain.pretrain_page import PICTURES, RUN, SHEET
 from eosin.pretrain.ranks import all_reduce_, rank, world_size
 from eosin.pretrain.schedules import Budget
 from eosin.pretrain.sources import AnySource
-from eosin.pretrain.tables import ConfigError, differences
+from eosin.pretrain.tables import differences
 from eosin.version import __version__
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eosin.errors import EosinError
+from eosin.errors import CollapseError
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.ranks import gather_rows
 
@@ -25,10 +25,6 @@ EMPTY = 1e-3
 """Teacher's distributions tell images apart by less than this share of what they could."""
 CLEARLY = 5.0
 GATHERED_ROWS = 4096
-
-
-class CollapseError(EosinError, RuntimeError):
-    """Training has failed: the features no longer tell images apart."""
 
 
 # Monitors.
