@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := torch,openvino,dicom,interop,dev
+EXTRAS := torch,openvino,dicom,interop,search,dev
 READY := $(VENV)/.ready
 
 .PHONY: demo test fast lint docs clean
