@@ -12,7 +12,7 @@ from eosin.errors import IndexMismatchError, NonFiniteError, QueryError, closest
 from eosin.retrieval.filters import FieldType
 from eosin.retrieval.protocol import Floats, Ids, IndexSpec, Payload, Vectors
 
-SHORTEST = 1e-15  # of a vector, below which its direction is rounding
+LENGTHS = (1e-15, 1e15)  # of a vector; beyond, its square leaves float32
 _DTYPES: Mapping[FieldType, Any] = {"keyword": object, "integer": np.int64, "float": np.float64, "bool": np.bool_}
 
 
@@ -26,10 +26,11 @@ def unit_queries(queries: Vectors, spec: IndexSpec) -> Floats:
     found = np.atleast_2d(np.asarray(queries))
     _check_dim(found, spec, "the query")
     lengths = _lengths(found)
-    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > SHORTEST)))
+    bad = np.flatnonzero(~((lengths > LENGTHS[0]) & (lengths < LENGTHS[1])))
     if len(bad):
-        what = "is all zeros: its cosine with anything is undefined" if lengths[bad[0]] <= SHORTEST else "is not finite"
-        raise QueryError(f"query {bad[0]} of {len(found)} {what}; was its tile read and embedded?")
+        raise QueryError(
+            f"query {bad[0]} of {len(found)} {_flaw(float(lengths[bad[0]]))}; was its tile read and embedded?"
+        )
     return (found / lengths[:, None]).astype(np.float32)
 
 
@@ -55,12 +56,11 @@ def check_points(ids: Ids, vectors: Vectors, payload: Payload, spec: IndexSpec) 
         raise QueryError(f"{len(ids)} ids beside {len(found)} vectors; give one vector per id")
     found = found if found.dtype in (np.float16, np.float32) else found.astype(np.float32)
     lengths = _lengths(found)
-    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > SHORTEST)))
+    bad = np.flatnonzero(~((lengths > LENGTHS[0]) & (lengths < LENGTHS[1])))
     if len(bad):
-        what = "all zeros (cosine undefined)" if lengths[bad[0]] <= SHORTEST else "not finite"
         raise NonFiniteError(
-            f"{len(bad)} of {len(ids)} vectors cannot be indexed, first row {bad[0]} (id {ids[bad[0]]}): {what}; "
-            "nothing was stored: leave such tiles out"
+            f"{len(bad)} of {len(ids)} vectors cannot be indexed: row {bad[0]} (id {ids[bad[0]]}) "
+            f"{_flaw(float(lengths[bad[0]]))}; nothing was stored: leave such tiles out"
         )
     return ids, found, check_payload(payload, spec.fields, len(ids))
 
@@ -167,9 +167,9 @@ def _column(name: str, kind: FieldType, column: npt.NDArray[Any], rows: int) -> 
         raise QueryError(f"payload {name!r} must be {kind}, not {column.dtype}")
     if kind == "keyword":
         column = column.astype(object)
-        wrong = next((value for value in column if not isinstance(value, str)), None)
-        if wrong is not None or any(value is None for value in column):
-            raise QueryError(f"payload {name!r} must be text, not {wrong!r}; a missing value is the empty text")
+        wrong = [value for value in column.tolist() if not isinstance(value, str)]
+        if wrong:
+            raise QueryError(f"payload {name!r} must be text, not {wrong[0]!r}; a missing value is the empty text")
     return column.astype(_DTYPES[kind])
 
 
@@ -181,6 +181,14 @@ def _check_dim(vectors: Vectors, spec: IndexSpec, what: str) -> None:
             f"dim: {what} has {vectors.shape[1]} numbers, the index {spec.dim} (encoder {spec.encoder}); "
             "use the encoder the index was made with"
         )
+
+
+def _flaw(length: float) -> str:
+    if not np.isfinite(length):
+        return "holds NaN or infinity"
+    if length <= LENGTHS[0]:
+        return "is all zeros, so its cosine with anything is undefined"
+    return f"has length {length:g}, too long for float32"
 
 
 def _lengths(vectors: Vectors) -> npt.NDArray[np.float64]:

@@ -41,7 +41,7 @@ class IndexSpec:
         tile_px: side of a tile, None likewise.
         metric: how vectors are compared.
         fields: payload columns and their types.
-        quantise: what the engine scans before it rescoring the best with the vectors themselves.
+        quantise: what the engine scans first; the best are always scored again with the vectors themselves.
     """
 
     dim: int
@@ -169,8 +169,8 @@ class VectorIndex(Protocol):
             where: filter on the payload, applied inside the search: if k points pass it, k come back.
             exact: compare with every point, without graph or quantisation.
             with_vectors: return the vectors too.
-            mmr: weight of relevance, 0 to 1, in maximal marginal relevance (`eosin.retrieval.inputs.mmr_order`);
-                None or 1 ranks by similarity alone, smaller values choose more varied points.
+            mmr: weight of relevance, 0 to 1, in maximal marginal relevance over the `mmr_pool(k)` nearest
+                points (`eosin.retrieval.inputs.mmr_order`); None ranks by similarity, smaller values vary more.
         """
         ...
 
