@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,17 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 # Several ranks.
+
+
+def test_shards_are_read_by_one_process_without_a_word(tmp_path: Path) -> None:
+    """What ranks wrote, here as torch writes it alone; warnings are errors in these tests."""
+    saved = {"student/a": torch.arange(6.0).reshape(2, 3), "student/b": torch.ones(2, dtype=torch.int64)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module.save_shards(saved, checkpoint_id=tmp_path / module._SHARDS, no_dist=True)
+    found = {name: torch.zeros_like(t) for name, t in saved.items()}
+    module._read(tmp_path, found)
+    assert all(torch.equal(found[name], t) for name, t in saved.items())
 
 
 def rank_parts(rank: int, seed: int, shard: bool) -> dict[str, Any]:

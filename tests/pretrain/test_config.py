@@ -76,6 +76,7 @@ def test_presets_are_where_a_section_starts() -> None:
         ("run.compile", 1, r"run\.compile is 1; it must be true or false"),
         ("run", 5, r"run is 5; it must be a table, \[run\]"),
         ("budget.steps", 0, r"budget\.steps is 0; it must be above 0"),
+        ("data.workers", -1, r"data\.workers is -1; it must be 0 or more"),
         ("data.paths", "slides", r'data\.paths is "slides"; it must be a list'),
         ("data.paths", [1], r"data\.paths\[0\] is 1; it must be text"),
         ("data.paths", [], r"data\.paths is \[\]; it must be given"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import slidegen
 from eosin.errors import CohortError, ImplausibleMppError, MissingMppError
 from eosin.features.jobs import Job
 from eosin.pretrain.loading import Batch, Loading
+from eosin.pretrain.reads import on_pixels
 from eosin.pretrain.sampling import HsvFilter, SampleConfig
 from eosin.pretrain.sources import MixedSource, SlideSource, measure
 from eosin.slides import open_slide
@@ -93,6 +95,31 @@ def test_pixels_are_those_of_the_stated_mpp(tmp_path: Path, mpp):
             # Rounding to 8 bits in the levels and the resize adds up to 0.5.
             assert middle == pytest.approx((xy[axis] + 24 * px) * 255 / side, abs=0.8)
     assert batch.mpp.max() > 1.5 * batch.mpp.min()
+
+
+@pytest.mark.parametrize("bounds", [None, (37, 22, 600, 500)])
+@pytest.mark.parametrize(("mpp", "factor"), [(0.5, 2), (1.0, 4)])
+def test_tiles_at_a_level_are_its_stored_pixels(tmp_path: Path, mpp: float, factor: int, bounds: Any):
+    """Against the level itself: no pixel is mixed of its neighbours when the mpp needs no resize."""
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    style = TiffStyle(flavour="generic", mpp=0.25, factors=(2, 4))
+    path = slidegen.write_tiff(tmp_path / "noise.tif", pixels, style)
+    request = job(path)
+    with open_slide(path) as slide:
+        plan, whole = slide.plan(tile_px=32, mpp=mpp), tuple(side // factor for side in slide.size_px)
+        stored = slide.read((0, 0), whole, level=plan.level)
+        scanned = bounds or slide.bounds
+    corners = np.random.default_rng(1).integers((37, 22), (500, 400), (20, 2))
+    moved = on_pixels(corners, plan, scanned)
+    assert (np.abs(moved - corners) < factor).all()
+    assert (moved >= scanned[:2]).all()
+    if bounds is not None:
+        return
+    with SlideSource([request], SampleConfig(tile_px=32, mpp_values=(mpp,), min_tissue=0)) as source:
+        batch = source.batch(0, 16)
+    for tile, (x, y) in zip(batch.tiles, (batch.xy // factor).tolist(), strict=True):
+        np.testing.assert_array_equal(tile.permute(1, 2, 0).numpy(), stored[y : y + 32, x : x + 32])
+    assert not (batch.xy % factor).any()
 
 
 def test_batches_do_not_depend_on_workers_order_or_resume(three: list[Job]):

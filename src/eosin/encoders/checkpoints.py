@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from eosin.encoders import backends
@@ -29,6 +31,9 @@ log = logging.getLogger("eosin.encoders")
 
 HF_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "clip", "clip_vision_model")
 """`model_type` of the Hugging Face configurations that are understood."""
+
+FACTS = "eosin_encoder"
+"""Key of a safetensors file's metadata under which `eosin pretrain` says, as JSON, what tensors cannot tell."""
 
 _INTERPOLATION: dict[str, Interpolation] = {"dinov2": "bicubic-offset0.1", "timm": "bicubic-antialias"}
 
@@ -64,7 +69,7 @@ def _load(name: str) -> Loaded:
         raise WeightsUnavailableError(f"{path} does not exist")
     imported = find_weights(name)
     if imported is not None:
-        return _inferred(read_tensors(imported), name=name, source=f"file:{imported.name}")
+        return _told(imported, name=name)
     if name.count("/") == 1:
         return _from_hub(name)
     if timm.is_model(name.split(".")[0]):
@@ -174,7 +179,42 @@ def _empty(spec: EncoderSpec) -> nn.Module:
 def _from_file(path: Path) -> Loaded:
     if (path.parent / "config.json").is_file() and path.name in ("model.safetensors", "pytorch_model.bin"):
         return _load(str(path.parent))
-    return _inferred(read_tensors(path), name=path.stem, source=f"file:{path.name}")
+    return _told(path, name=path.stem)
+
+
+def _told(path: Path, *, name: str) -> Loaded:
+    """Load a file of weights: the network by its shapes, the rest as its metadata says where it says it."""
+    spec, network = _inferred(read_tensors(path), name=name, source=f"file:{path.name}")
+    facts = read_facts(path)
+    for key, found in (("dim", spec.dim), ("patch_px", spec.patch_px), ("registers", spec.registers)):
+        if facts.get(key, found) != found:
+            raise WeightsError(f"{path.name} says {key} {facts[key]}, its tensors have {found}; it has been altered")
+    known = ("mean", "std", "mpp", "input_px", "pooling")
+    return spec.replace(**{key: facts[key] for key in known if key in facts}), network
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return what a file written by `eosin pretrain` says of its encoder, lists as tuples; {} for any other file.
+
+    Raises:
+        WeightsError: the metadata cannot be read, or has a mean or deviation that no image can have.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(FACTS)
+    if text is None:
+        return {}
+    try:
+        told = json.loads(text)
+        facts = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+        fine = len(facts["mean"]) == len(facts["std"]) == 3 and min(facts["std"]) > 0
+        fine = fine and all(math.isfinite(value) for value in (*facts["mean"], *facts["std"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path.name}: the metadata {FACTS!r} cannot be read ({error!r}); export it anew") from error
+    if not fine:
+        raise WeightsError(f"{path.name}: mean {facts['mean']} and std {facts['std']} are of no image; export it anew")
+    return facts
 
 
 def _from_hub(repo: str) -> Loaded:

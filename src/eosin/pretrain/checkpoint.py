@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -420,7 +421,10 @@ def _read(path: Path, into: dict[str, Tensor]) -> None:
     """Fill tensors, sharded or whole, in place."""
     with torch.no_grad():
         if (path / _SHARDS).is_dir():
-            load_shards({name: t.detach() for name, t in into.items()}, checkpoint_id=path / _SHARDS)
+            tensors = {name: t.detach() for name, t in into.items()}
+            with warnings.catch_warnings():  # torch tells that it reads alone, also when asked to
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+                load_shards(tensors, checkpoint_id=path / _SHARDS, no_dist=not dist.is_initialized())
             return
         try:
             whole = load_file(path / _FILE)

@@ -35,7 +35,7 @@ class DataConfig:
         kind: "slides" draws tiles from slides while training; "tiles" reads tiles that are there.
         table: CSV with a column `path` and any of `slide_id`, `site`, `organ`, `scanner`, for balance and adversary.
         slide_mpp: microns per pixel of slides whose files do not say.
-        workers: processes that read.
+        workers: processes that read; 0 reads in the training process, when tiles are needed.
         sample: which tiles are drawn; its seed is `run.seed`.
     """
 
@@ -49,7 +49,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Refuse a run without data."""
         require(self, "paths", bool(self.paths) or self.table is not None, "given, or a table of paths")
-        require(self, "workers", self.workers >= 1, "1 or more")
+        require(self, "workers", self.workers >= 0, "0 or more")
         if self.slide_mpp is not None:
             require(self, "slide_mpp", self.slide_mpp > 0, "above 0")
 

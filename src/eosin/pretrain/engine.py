@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eosin.encoders import load_encoder
+from eosin.encoders.checkpoints import read_facts
 from eosin.encoders.encoder import Encoder
 from eosin.errors import ConfigError, WeightsError
 from eosin.pretrain import ema
@@ -136,21 +137,29 @@ def start_from(encoder: VisionTransformer, config: PretrainConfig) -> None:
 
     Raises:
         WeightsError: another shape or kind.
-        ConfigError: weights of a known encoder that was trained with another mean or deviation than the views have.
+        ConfigError: weights that are known to be trained with another mean or deviation than the views have.
     """
     name = str(config.run.weights)
     if Path(name).is_file():
+        facts = read_facts(Path(name))
+        _check_scale(facts.get("mean"), facts.get("std"), config, name)
         load_weights(encoder, Path(name))
         return
     loaded = load_encoder(name, device="cpu", precision="fp32", backend="torch")
     if not isinstance(loaded, Encoder):
         raise WeightsError(f"run.weights is {name!r}, which has no weights to start from")
-    if (loaded.spec.mean, loaded.spec.std) != (config.views.mean, config.views.std):
-        raise ConfigError(
-            f"views.mean and views.std are {config.views.mean} and {config.views.std}; {name} was trained with "
-            f"{loaded.spec.mean} and {loaded.spec.std}: set those"
-        )
+    _check_scale(loaded.spec.mean, loaded.spec.std, config, name)
     load_weights(encoder, loaded.backbone.network.state_dict(), what=name)
+
+
+def _check_scale(mean: object, std: object, config: PretrainConfig, name: str) -> None:
+    """Refuse views of another mean or deviation than the weights were trained with, where that is known."""
+    views = config.views
+    if mean is not None and (mean, std) != (views.mean, views.std):
+        raise ConfigError(
+            f"views.mean and views.std are {views.mean} and {views.std}; {name} was trained with {mean} and {std}: "
+            "set those"
+        )
 
 
 class Stepped(NamedTuple):

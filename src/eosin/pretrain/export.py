@@ -10,12 +10,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eosin.encoders.checkpoints import FACTS
 from eosin.features.writer import replace_durably
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.layouts import save_encoder
-
-METADATA = "eosin_encoder"
-"""Key of the file's metadata under which `encoder_facts` lies as JSON."""
 
 
 def encoder_facts(config: PretrainConfig, *, mpp: tuple[float, ...], step: int) -> dict[str, Any]:
@@ -42,12 +40,12 @@ def encoder_facts(config: PretrainConfig, *, mpp: tuple[float, ...], step: int) 
 
 
 def export_encoder(path: Path, state: Mapping[str, Tensor], config: PretrainConfig, facts: Mapping[str, Any]) -> Path:
-    """Write the weights of an encoder as safetensors for `eosin.load_encoder`, with `facts` in the metadata."""
+    """Write the weights of an encoder as safetensors for `eosin.load_encoder`, `facts` as JSON in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = path.with_name(f".{path.stem}.plain.safetensors")
     save_encoder(plain, state, config.model)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(load_file(plain), temporary, metadata={"format": "pt", METADATA: json.dumps(facts)})
+    save_file(load_file(plain), temporary, metadata={"format": "pt", FACTS: json.dumps(facts)})
     replace_durably(temporary, path)
     plain.unlink()
     return path

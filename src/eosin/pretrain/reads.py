@@ -19,7 +19,7 @@ from eosin.errors import CorruptSlideError, RegionError, SlideError
 from eosin.features.jobs import Job
 from eosin.features.readers import ReaderState
 from eosin.features.writer import replace_durably
-from eosin.geometry import ReadPlan
+from eosin.geometry import ReadPlan, round_half_up
 from eosin.pretrain.sampling import HsvFilter, SampleConfig, SlideFacts, TissueRuns, drawable_mpp
 from eosin.slides import Slide
 
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
     Attributes:
         ok: whether it was read and kept.
         tried: index of the position that was kept, or the number of positions tried.
-        xy: where: level-0 corner on a slide, offset of the crop in a larger tile.
+        xy: where it was read: level-0 corner on a slide, offset of the crop in a larger tile.
         hsv: positions rejected by the filter.
         unreadable: positions that could not be decoded.
         reason: the last error.
@@ -127,8 +127,9 @@ def _read_one(slides: _OpenSlides, request: SlideRequest, hsv: HsvFilter | None,
         if stamp(job) != request.stamp:
             slides.drop(job.slide_id)
             raise SlideError(f"{job.slide_id}: the file has changed since its tissue was found")
-        plan = slides.get(job).plan(tile_px=out.shape[1], mpp=request.mpp)
-        for tried, (x, y) in enumerate(request.xy.tolist()):
+        slide = slides.get(job)
+        plan = slide.plan(tile_px=out.shape[1], mpp=request.mpp)
+        for tried, (x, y) in enumerate(on_pixels(request.xy, plan, slide.bounds).tolist()):
             slides.account(job, plan)
             try:
                 rgb = slides.get(job).read_tile((x, y), plan).rgb
@@ -144,6 +145,24 @@ def _read_one(slides: _OpenSlides, request: SlideRequest, hsv: HsvFilter | None,
         slides.drop(job.slide_id)
         return Outcome(False, hsv=rejected, unreadable=unreadable, reason=str(error), lost=True)
     return Outcome(False, len(request.xy), hsv=rejected, unreadable=unreadable, reason=reason)
+
+
+def on_pixels(xy: npt.NDArray[np.int64], plan: ReadPlan, bounds: tuple[int, int, int, int]) -> npt.NDArray[np.int64]:
+    """Return corners (k, 2) moved to whole pixels of the read frame where no resize follows; else as they are.
+
+    Stored pixels then come out as they are stored. A corner moves left and up by less than a pixel, or the other way
+    where it would leave the bounds.
+
+    Args:
+        xy: level-0 corners.
+        plan: how the tile is read.
+        bounds: x, y, width, height of what was scanned, level 0.
+    """
+    if plan.resample:
+        return xy
+    downsample = np.array(plan.downsample)
+    pixel = np.maximum(np.floor(xy / downsample), np.ceil(np.array(bounds[:2]) / downsample))
+    return round_half_up(pixel * downsample)
 
 
 def survey(state: ReaderState, job: Job, config: SampleConfig, cache: Path | None) -> SlideFacts:
