@@ -113,7 +113,7 @@ def test_unknown_labels_do_not_vote() -> None:
     with pytest.raises(QueryError, match="no hit has a label"):
         entropy_vote(bags([(A1, 0.8), (A2, 0.7)], label=np.full(4, NONE)), np.array([1, 1]))
     with pytest.raises(QueryError, match="counted 0 times"):
-        bag_entropies(query.label, np.array([1, 0]))
+        bag_entropies(query.label, np.array([0, 1]))
 
 
 def test_median_and_mean_are_what_they_say() -> None:
