@@ -31,6 +31,10 @@ Sizes = Sequence[tuple[int, int]]
 """Samples and tokens a sample of each crop size, in the order of the rows of the token matrix."""
 
 
+SHORT = 300
+"""Tokens up to which `attend` multiplies matrices on a CPU; 300 are those of a crop of 224 px."""
+
+
 class CropTokens(NamedTuple):
     """The tokens of one crop size after the final norm.
 
@@ -180,6 +184,17 @@ class MaskedKeyLinear(nn.Linear):
         return functional.linear(input, self.weight, torch.cat((query, torch.zeros_like(key), value)))
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return softmax(Q Kᵀ / sqrt(d)) V for (B, heads, N, d) each.
+
+    By `scaled_dot_product_attention`, but for short sequences in bfloat16 on a CPU by plain products: the backward of
+    torch's fused kernel takes 2 to 8 times as long there (`benchmarks/attention.py`).
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= SHORT:
+        return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+    return functional.scaled_dot_product_attention(query, key, value)
+
+
 class Attention(nn.Module):
     """Self-attention within each sample of a matrix of tokens."""
 
@@ -199,7 +214,7 @@ class Attention(nn.Module):
             query, key, value = part.view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             if turns:
                 query, key = turn_patches(query, turns[index]), turn_patches(key, turns[index])
-            out = functional.scaled_dot_product_attention(query, key, value)
+            out = attend(query, key, value)
             mixed.append(out.transpose(1, 2).reshape(count * length, -1))
         return self.proj(torch.cat(mixed))
 
