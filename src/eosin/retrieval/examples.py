@@ -227,8 +227,8 @@ def tiles_in_rectangle(tiles: SlideTiles, xy: tuple[int, int], size_px: tuple[in
     """
     if min(size_px) < 1:
         raise QueryError(f"a region of {size_px[0]} x {size_px[1]} pixels is empty")
-    low = np.asarray(xy, dtype=np.float64)
-    inside = ((tiles.centres >= low) & (tiles.centres < low + size_px)).all(axis=1)
+    x, y = tiles.centres.T
+    inside = (x >= xy[0]) & (x < xy[0] + size_px[0]) & (y >= xy[1]) & (y < xy[1] + size_px[1])
     middle = (xy[0] + size_px[0] // 2, xy[1] + size_px[1] // 2)
     rows = _some(tiles, inside, middle)
     name = f"{_many(len(rows))} of {tiles.slide_id} in ({xy[0]}, {xy[1]}), {size_px[0]} x {size_px[1]} px"

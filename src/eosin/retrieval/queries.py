@@ -20,6 +20,8 @@ SAMPLE = 1024
 """Tiles drawn to say how alike any two tiles of the index are."""
 IDENTICAL = 0.9999
 """Cosine from which a hit counts as the same picture."""
+ROUNDING = 1e-6
+"""Difference of two float32 cosines that means nothing."""
 BLOCK = 64
 """Queries sent to the engine at once."""
 MIXES = ("label", "site", "scanner", "organ", "stain")
@@ -105,7 +107,7 @@ class SearchResult:
         """Return the share of drawn tiles that score at least as high as each hit, (k,); NaN when none was drawn."""
         if not len(self.chance):
             return np.full(len(self), np.nan)
-        below = np.searchsorted(self.chance, self.hits.score, side="left")
+        below = np.searchsorted(self.chance, self.hits.score - ROUNDING, side="left")
         return 1 - below / len(self.chance)
 
     def mix(self, column: str) -> dict[str, int]:
