@@ -175,6 +175,8 @@ def _check(examples: Sequence[Example], against: Sequence[Example], settings: Se
         raise QueryError("counter-examples move the mean of the examples; use them with the merge 'mean'")
     if settings.where is not None:
         check_filter(settings.where, spec.fields)
+    for one in (*examples, *against):
+        unit_queries(one.vectors, spec)  # refuses another length, NaN and zeros
 
 
 def _scope(
