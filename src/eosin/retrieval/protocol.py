@@ -230,7 +230,7 @@ class VectorIndex(Protocol):
         ...
 
     def snapshot(self, path: str | Path) -> Path:
-        """Copy the index as it is now to a new folder or file, and return that path."""
+        """Copy the index as it is now to a new folder that `open_index` opens, and return that folder."""
         ...
 
     def close(self) -> None:
