@@ -9,13 +9,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from end_to_end import commit, machine
 from torch import Tensor
 from torch.nn import functional
 
+from end_to_end import commit, machine
 from eosin.pretrain.model import attend
 
 HEADS, WIDTH, TOKENS = 6, 64, 6000
@@ -33,9 +34,9 @@ def milliseconds(run: Callable[[], object], repeats: int) -> float:
     return 1e3 * min(times)
 
 
-def forward_backward(attention: Callable[[Tensor, Tensor, Tensor], Tensor], parts: list[Tensor]) -> None:
+def forward_backward(attention: Callable[..., Tensor], parts: list[Tensor]) -> None:
     """Run attention and its gradient."""
-    attention(parts[0], parts[1], parts[2]).sum().backward()
+    attention(*parts).sum().backward()
 
 
 def main() -> None:
@@ -47,8 +48,8 @@ def main() -> None:
     for length in LENGTHS:
         shape = (TOKENS // length, HEADS, length, WIDTH)
         parts = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-        fused = milliseconds(lambda: forward_backward(functional.scaled_dot_product_attention, parts), repeats)
-        plain = milliseconds(lambda: forward_backward(attend, parts), repeats)
+        fused = milliseconds(partial(forward_backward, functional.scaled_dot_product_attention, parts), repeats)
+        plain = milliseconds(partial(forward_backward, attend, parts), repeats)
         rows.append({"tokens": length, "fused_ms": round(fused, 1), "plain_ms": round(plain, 1)})
         print(f"{length} tokens: fused {fused:.1f} ms, plain {plain:.1f} ms, {fused / plain:.2f}x")
     result = {"command": "python benchmarks/attention.py", "machine": machine(), "commit": commit(), "rows": rows}

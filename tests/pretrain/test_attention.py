@@ -24,5 +24,6 @@ def test_short_sequences_are_attended_as_by_torch(length: int, dtype: torch.dtyp
     tolerance = {"atol": 0.03, "rtol": 0.03} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(out.double(), expected, **tolerance)
     for one, other in zip(given, exact, strict=True):
-        assert one.grad is not None and other.grad is not None
+        assert one.grad is not None
+        assert other.grad is not None
         torch.testing.assert_close(one.grad.double(), other.grad, **tolerance)
