@@ -2,7 +2,8 @@
 
 ViT-S/14 DINOv2 and ViT-S/16 DINOv3 at 224 px with random weights; torch fp32 is the baseline of the same run. Every
 backend is built once a batch size; then rounds go through all of them in turn, so that a drift of the machine meets
-all alike. A round encodes the same tiles with each.
+all alike. A round encodes the same tiles with each. Beside it: what the processor could do at most, if all operations of a
+tile ran at the rate of one large matrix product.
 
     python benchmarks/encoder_backends.py [--rounds 5] [--tiles 64] [--batch 8 16 32] [--only openvino-bf16 ...]
 """
@@ -24,6 +25,7 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from eosin.encoders.backends import Forward, build, cpu_name, resolve, runtime_info
 from eosin.errors import EosinError
@@ -105,6 +107,22 @@ def measured(arch: str, batch: int, tiles: np.ndarray, args: argparse.Namespace)
     return list(rows.values())
 
 
+def bound(arch: str, rounds: int) -> dict[str, float]:
+    """Return GFLOP of a tile, GFLOP/s of a square matrix product of side 2048 and the tiles/s that would make."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(arch)(torch.zeros(1, 3, SIDE_PX, SIDE_PX))
+    found = {"gflop_per_tile": round(counter.get_total_flops() / 1e9, 2)}
+    for name, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, b = torch.randn(2, 2048, 2048).to(kind)
+        best = 0.0
+        for _ in range(3 * rounds):
+            start = time.perf_counter()
+            a @ b
+            best = max(best, 2 * 2048**3 / (time.perf_counter() - start) / 1e9)
+        found |= {f"{name}_gflop_per_s": round(best), f"{name}_tiles_per_s": round(best / found["gflop_per_tile"], 1)}
+    return found
+
+
 def commit() -> str:
     """Return the commit of the working tree, with a plus sign when it has changes."""
     here = Path(__file__).parent
@@ -128,8 +146,10 @@ def main() -> None:
     args = parser.parse_args()
 
     tiles = np.random.default_rng(SEED).integers(0, 256, (args.tiles, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
-    results = []
+    results, bounds = [], {}
     for name in args.networks:
+        bounds[name] = bound(NETWORKS[name], args.rounds)
+        print(f"{name:14s} at most {bounds[name]}", flush=True)
         for batch in args.batch:
             for row in measured(NETWORKS[name], batch, tiles, args):
                 results.append({"network": name, "batch": batch, **row})
@@ -144,6 +164,7 @@ def main() -> None:
         "weights": "random, LayerScale 0.5",
         "tile_px": SIDE_PX,
         "tiles": args.tiles,
+        "bounds": bounds,
         "results": results,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
