@@ -2,8 +2,8 @@
 
 ViT-S/14 DINOv2 and ViT-S/16 DINOv3 at 224 px with random weights; torch fp32 is the baseline of the same run. Every
 backend is built once a batch size; then rounds go through all of them in turn, so that a drift of the machine meets
-all alike. A round encodes the same tiles with each. Beside it: what the processor could do at most, if all operations of a
-a tile ran at the rate of one large matrix product.
+all alike. A round encodes the same tiles with each. Beside it: what the processor could do at most, if all operations
+of a tile ran at the rate of one large matrix product.
 
     python benchmarks/encoder_backends.py [--rounds 5] [--tiles 64] [--batch 8 16 32] [--only openvino-bf16 ...]
 """
