@@ -1,23 +1,67 @@
-"""The data, the training and the evaluation of eosin-tiny.
+"""The data, the ablations and the evaluation of eosin-tiny. Every step adds to benchmarks/results/eosin_tiny/.
 
-    python benchmarks/eosin_tiny.py tiles DATA --out TILES
-    eosin pretrain --config docs/pretrain-eosin-tiny.toml --out RUN       (from the folder that holds TILES)
+    python benchmarks/eosin_tiny.py tiles DATA --tiles TILES
+    eosin pretrain --config docs/pretrain-eosin-tiny.toml --out RUN     (in the folder that holds TILES as "tiles")
+    python benchmarks/eosin_tiny.py ablate DATA --tiles TILES           (docs/pretrain-small.toml, changed one by one)
+    python benchmarks/eosin_tiny.py encoders DATA --encoder NAME=FILE_OR_NAME ...
+    python benchmarks/eosin_tiny.py labels DATA --encoder NAME=FILE_OR_NAME ...
+    python benchmarks/eosin_tiny.py table                               (writes the tables of docs/eosin-tiny.md)
 
-DATA holds slides/ and tiles/amf/labels.csv. `tiles` cuts the H&E slides at several microns per pixel, copies the crops
-of `midog21` and writes `tiles.csv`; atnorm-br is left out, it is the external test.
+DATA holds slides/, tiles/amf/labels.csv and tiles/camelyon16/. `tiles` cuts the H&E slides at several microns per pixel
+and copies the crops of `midog21`; atnorm-br and camelyon16 are left out, they are tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
+import math
 import shutil
+import tempfile
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional
 
 import eosin
+from end_to_end import machine
+from eosin.cohort import grouped_kfold
+from eosin.encoders.spec import IMAGENET_MEAN, IMAGENET_STD
+from eosin.evaluation.bootstrap import bootstrap
+from eosin.evaluation.metrics import make_metrics
+from eosin.heads import KnnHead, LinearProbe
+from eosin.pretrain.config import PretrainConfig, parse_config
+from eosin.pretrain.model import PRESETS, VisionTransformer
+from eosin.pretrain.trainer import pretrain
 
+Floats = npt.NDArray[Any]
+Codes = npt.NDArray[np.int64]
+Row = dict[str, Any]
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "eosin_tiny"
+HEADS = ("knn", "linear")
+NEIGHBOURS, STRENGTH = 20, 0.003
+SEEDS, SHARES, SCRATCH_STEPS = (0, 1, 2), (0.05, 0.1, 0.25, 1.0), 200
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "untrained": {"budget": {"steps": 1}, "optimizer": {"lr": 1e-12}},
+    "small.toml": {},
+    "no KDE": {"objective": {"kde": 0.0}},
+    "KoLeo for KDE": {"objective": {"kde": 0.0, "koleo": 0.1}},
+    "extended context": {"views": {"extended_context": 1.0}},
+    "no HED jitter": {"views": {"stain_probability": 0.0}},
+    "adversary of the scanner": {"objective": {"adversary": "site"}},
+}
+"""What is changed in docs/pretrain-small.toml."""
 TILE_PX = 128
 SLIDES = {
     "CMU-1-Small-Region.svs": (None, (0.5, 1.0, 2.0)),
@@ -61,14 +105,262 @@ def tiles(data: Path, out: Path) -> None:
         csv.writer(file).writerows([("file", "slide_id", "patient_id", "site"), *rows])
 
 
+# --- measures
+
+
+class Crops(NamedTuple):
+    """The cells of AMF: pixels uint8 (n, 128, 128, 3), and columns (n,)."""
+
+    pixels: npt.NDArray[np.uint8]
+    label: npt.NDArray[np.int64]
+    slide: npt.NDArray[np.str_]
+    scanner: npt.NDArray[np.str_]
+    external: npt.NDArray[np.bool_]
+
+    def part(self, rows: npt.NDArray[Any]) -> Crops:
+        """Return some rows."""
+        columns: list[Any] = [column[rows] for column in self]
+        return Crops(*columns)
+
+
+def read_crops(data: Path) -> Crops:
+    """Return all cells, those of atnorm-br as external."""
+    with (data / "tiles" / "amf" / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    pixels = np.stack([np.asarray(Image.open(data / "tiles" / "amf" / row["file"]).convert("RGB")) for row in rows])
+    external = np.array([row["dataset"] == "atnorm-br" for row in rows])
+    slides = [row["slide_id"] or row["file"] for row in rows]
+    label = np.array([int(row["atypical"]) for row in rows])
+    return Crops(pixels, label, np.array(slides), np.array([row["scanner"] for row in rows]), external)
+
+
+def features_of(encoder: str, pixels: npt.NDArray[np.uint8]) -> Floats:
+    """Return the features (n, D) of an encoder, a weights file, or an .npz of features in the order of the crops."""
+    if encoder.endswith(".npz"):
+        return np.load(encoder)["features"]
+    return np.asarray(eosin.load_encoder(encoder, device="cpu").encode(pixels), dtype=np.float32)
+
+
+def knn(x: Floats, y: Codes, new: Floats) -> Floats:
+    """Return the share of positives among the nearest neighbours, by cosine of standardised features."""
+    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
+    head = KnnHead(k_grid=(min(NEIGHBOURS, len(x)),)).fit((x - mean) / std, y)
+    return head.predict_proba((new - mean) / std)[:, 1]
+
+
+def linear(x: Floats, y: Codes, new: Floats) -> Floats:
+    """Return the probability of the positive class by logistic regression on standardised features."""
+    return LinearProbe(c_grid=(STRENGTH,), class_weight="balanced").fit(x, y).predict_proba(new)[:, 1]
+
+
+def auroc(y: Codes, p: Floats, cluster: npt.ArrayLike) -> Row:
+    """Return AUROC with its interval over clusters."""
+    return bootstrap(make_metrics(["auroc"], y, p)["auroc"], cluster, y=y, resamples=1000).to_dict()
+
+
+def out_of_fold(head: Any, x: Floats, y: Codes, slide: npt.NDArray[np.str_]) -> Floats:
+    """Return scores (n,) of rows whose slide the head did not see."""
+    scores = np.zeros(len(y))
+    for split in grouped_kfold(y, groups=slide, folds=5):
+        scores[split.test] = head(x[split.train], y[split.train], x[split.test])
+    return scores
+
+
+def skill(x: Floats, crops: Crops) -> Row:
+    """Return what features tell: the label within, across scanners and outside; shuffled labels; the scanner."""
+    inside = ~crops.external
+    xi, own = x[inside], crops.part(inside)
+    y, outside = own.label, crops.part(crops.external)
+    found: Row = {"dim": x.shape[1]}
+    shuffled = np.random.default_rng(0).permutation(y)
+    for name, head in (("knn", knn), ("linear", linear)):
+        scores = np.zeros(len(y))
+        for scanner in np.unique(own.scanner):
+            test = own.scanner == scanner
+            scores[test] = head(xi[~test], y[~test], xi[test])
+        across = [auroc(y[rows], scores[rows], own.slide[rows]) for rows in _each(own.scanner)]
+        found[name] = {
+            "within": auroc(y, out_of_fold(head, xi, y, own.slide), own.slide),
+            "across_scanner": float(np.mean([one["point"] for one in across])),
+            "external": auroc(outside.label, head(xi, y, x[crops.external]), outside.slide),
+            "shuffled": auroc(shuffled, out_of_fold(head, xi, shuffled, own.slide), own.slide),
+        }
+    names, code = np.unique(own.scanner, return_inverse=True)
+    called = np.zeros(len(y), dtype=np.int64)
+    for split in grouped_kfold(code, groups=own.slide, folds=5):
+        head = LinearProbe(c_grid=(STRENGTH,)).fit(xi[split.train], code[split.train])
+        called[split.test] = head.predict(xi[split.test])
+    right = (called == code).astype(np.float64)
+    found["scanner"] = bootstrap(_mean(right), own.slide, y=code, resamples=1000).to_dict() | {"classes": len(names)}
+    return found
+
+
+def _each(values: npt.NDArray[np.str_]) -> list[npt.NDArray[np.bool_]]:
+    return [values == one for one in np.unique(values)]
+
+
+def _mean(values: Floats) -> Any:
+    def metric(weights: Floats) -> Floats:
+        return weights @ values / weights.sum(axis=1)
+
+    return metric
+
+
+def camelyon(data: Path, encoder: str) -> Row:
+    """Return the balanced accuracy of nearest neighbours on other slides' tiles: 89 tiles of 4 slides, a smoke test."""
+    files = sorted((data / "tiles" / "camelyon16").rglob("*.png"))
+    y = np.array([int("tumor" in path.as_posix()) for path in files])
+    slide = np.array(["_".join(path.stem.split("_")[:2]) for path in files])
+    pixels = np.stack([np.asarray(Image.open(path).convert("RGB").crop((16, 16, 240, 240))) for path in files])
+    x, scores = features_of(encoder, pixels), np.full(len(y), np.nan)
+    for one in np.unique(slide):
+        test = slide == one
+        if len(np.unique(y[~test])) == 2:
+            scores[test] = knn(x[~test], y[~test], x[test])
+    used = ~np.isnan(scores)
+    called = (scores[used] > 0.5) == y[used]
+    return {"tiles": int(used.sum()), "slides": len(np.unique(slide[used])), "accuracy": float(called.mean())}
+
+
+# --- steps
+
+
+def keep(name: str, key: str, value: Any) -> None:
+    """Put one result into its file, written whole."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "results": {}}
+    record["results"][key] = value
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def kept(name: str) -> dict[str, Any]:
+    """Return the results of a file so far."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
+def small_config(tiles: Path, seed: int, changes: Mapping[str, Mapping[str, Any]]) -> PretrainConfig:
+    """Return docs/pretrain-small.toml on these tiles, changed."""
+    table = tomllib.loads((HERE.parent / "docs" / "pretrain-small.toml").read_text())
+    table["data"] = {"paths": [str(tiles)], "kind": "tiles", "table": str(tiles / "tiles.csv"), "slide_mpp": 0.5}
+    table["data"] |= {"workers": 1, "sample": {"tile_px": TILE_PX, "balance": "site"}}
+    table["run"] |= {"seed": seed, "save_every": 10_000}
+    table["watch"] = {"log_every": 20, "stop_on_collapse": False}
+    for section, values in changes.items():
+        table[section] = table[section] | values
+    return parse_config(table)
+
+
+def ablate(data: Path, tiles: Path) -> None:
+    """Train every variant on every seed, and say what its features tell."""
+    crops, done = read_crops(data), kept("ablations")
+    for seed in SEEDS:
+        for name, changes in VARIANTS.items():
+            key = f"{name}/{seed}"
+            if key in done:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                outcome = pretrain(small_config(tiles, seed, changes), Path(folder), device="cpu")
+                seconds = time.perf_counter() - start
+                log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+                found = skill(features_of(str(outcome.encoder), crops.pixels), crops)
+            loss = {name: round(value, 4) for name, value in log[-1]["parts"].items()}
+            keep("ablations", key, {"seconds": round(seconds), "loss": loss, "monitors": log[-1]["monitors"], **found})
+            told = [round(found[head][where]["point"], 3) for head in HEADS for where in ("within", "external")]
+            print(key, f"{seconds:.0f} s", *told, round(found["scanner"]["point"], 3), flush=True)
+
+
+def encoders(data: Path, named: Mapping[str, str]) -> None:
+    """Say what the features of each encoder tell."""
+    crops = read_crops(data)
+    for name, encoder in named.items():
+        found = skill(features_of(encoder, crops.pixels), crops)
+        if not encoder.endswith(".npz"):
+            found["camelyon16"] = camelyon(data, encoder)
+        keep("encoders", name, found)
+        told = [round(found[head][where]["point"], 3) for head in HEADS for where in ("within", "external")]
+        print(name, *told, round(found["scanner"]["point"], 3), flush=True)
+
+
+def labels(data: Path, named: Mapping[str, str]) -> None:
+    """Give each way of learning some of the slides' labels; test on atnorm-br."""
+    crops = read_crops(data)
+    own, outside = crops.part(~crops.external), crops.part(crops.external)
+    x = {name: features_of(encoder, crops.pixels) for name, encoder in named.items()}
+    for seed in SEEDS:
+        order = np.random.default_rng(seed).permutation(np.unique(own.slide))
+        for share in SHARES:
+            rows = np.isin(own.slide, order[: math.ceil(share * len(order))])
+            for name, every in x.items():
+                scores = linear(every[~crops.external][rows], own.label[rows], every[crops.external])
+                _keep_labels(f"{name}/{share}/{seed}", rows, outside, scores)
+            if f"scratch/{share}/{seed}" not in kept("labels"):
+                _keep_labels(f"scratch/{share}/{seed}", rows, outside, scratch(own.part(rows), outside, seed))
+
+
+def _keep_labels(key: str, rows: npt.NDArray[np.bool_], outside: Crops, scores: Floats) -> None:
+    found = auroc(outside.label, scores, outside.slide)
+    keep("labels", key, {"cells": int(rows.sum()), **found})
+    print(key, int(rows.sum()), round(found["point"], 3), flush=True)
+
+
+def scratch(train: Crops, test: Crops, seed: int) -> Floats:
+    """Return the scores of a supervised network of eosin-tiny's geometry that starts from random numbers."""
+    torch.manual_seed(seed)
+    network = VisionTransformer(replace(PRESETS["tiny"], layer_scale=1.0))
+    head = torch.nn.Linear(192, 1)
+    parameters = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=SCRATCH_STEPS, pct_start=0.1)
+    tiles = torch.from_numpy(train.pixels).movedim(3, 1)
+    y = torch.from_numpy(train.label).float()
+    weight = torch.where(y > 0, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(SCRATCH_STEPS):
+        rows = torch.randint(len(y), (32,), generator=generator)
+        turns, flip = torch.randint(4, (1,), generator=generator), torch.rand(1, generator=generator)
+        batch = _normal(torch.rot90(tiles[rows], int(turns), (2, 3)))
+        logits = _logits(network, head, batch.flip(3) if flip < 0.5 else batch)
+        loss = functional.binary_cross_entropy_with_logits(logits.float(), y[rows], weight=weight[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    network.eval()
+    with torch.no_grad():
+        pieces = torch.from_numpy(test.pixels).movedim(3, 1).split(64)
+        return torch.cat([_logits(network, head, _normal(piece)) for piece in pieces]).sigmoid().float().numpy()
+
+
+def _logits(network: VisionTransformer, head: torch.nn.Linear, images: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return head(network([images])[0].cls)[:, 0]
+
+
+def _normal(tiles: Tensor) -> Tensor:
+    mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return (tiles / 255 - mean) / std
+
+
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("tiles",))
+    parser.add_argument("step", choices=("tiles", "ablate", "encoders", "labels"))
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tiles", type=Path, default=Path("tiles"))
+    parser.add_argument("--encoder", nargs="+", default=[])
     arguments = parser.parse_args()
-    tiles(arguments.data, arguments.out)
+    named = dict(one.split("=", 1) for one in arguments.encoder)
+    if arguments.step == "tiles":
+        tiles(arguments.data, arguments.tiles)
+    elif arguments.step == "ablate":
+        ablate(arguments.data, arguments.tiles.resolve())
+    elif arguments.step == "encoders":
+        encoders(arguments.data, named)
+    else:
+        labels(arguments.data, named)
 
 
 if __name__ == "__main__":
