@@ -83,14 +83,14 @@ def fit_codebook(vectors: npt.NDArray[Any], *, cells: int = 256, seed: int = 0) 
     for level in centres:
         state = int(rng.integers(2**31))
         with threadpool_limits(limits=1):  # sums in another order would move a centre now and then
-            learned = MiniBatchKMeans(cells, batch_size=4096, n_init=1, random_state=state).fit(rest)  # pyright: ignore[reportArgumentType]
+            learned = MiniBatchKMeans(cells, batch_size=4096, n_init="auto", random_state=state).fit(rest)
         means = np.asarray(learned.cluster_centers_, np.float32)
         level[:] = means[path_order(means)]
         rest -= level[_nearest(rest, level)]
-    return _codebook(centres)
+    return codebook_of(centres)
 
 
-def _codebook(centres: Floats) -> Codebook:
+def codebook_of(centres: Floats) -> Codebook:
     """Return the codebook of `centres`, with what `probes` needs of each pair."""
     first, second = centres[:2].astype(np.float64)
     square = np.square(first).sum(axis=1)[:, None] + np.square(second).sum(axis=1)[None]
