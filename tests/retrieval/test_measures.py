@@ -241,6 +241,23 @@ def test_a_blind_search_with_few_candidates_says_so() -> None:
     assert (found[1] != NONE).all()
 
 
+def test_a_blind_search_finds_each_patient_once() -> None:
+    """The first of a patient stays: a patient with two slides comes first twice as often as one with one."""
+    patient = np.array([0, 1, 1, 2])
+    rows = np.zeros(3000, np.int64)
+    found = measures.blind_search([patient], rows, 2, once=patient, seed=3)
+    assert (np.sort(patient[found], axis=1) == [1, 2]).all()
+    assert (patient[found[:, 0]] == 1).mean() == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_shares_of_queries_without_hits_do_not_count() -> None:
+    share = np.array([0.5, np.nan, 1.0])
+    weights = np.array([[1.0, 1, 1], [1, 5, 0], [0, 2, 0]])
+    np.testing.assert_allclose(measures.share_metric(share)(weights), [0.75, 0.5, np.nan])
+    blind = np.array([0.25, 0.25, 0.25])
+    np.testing.assert_allclose(measures.lift_metric(share, blind)(weights), [3, 2, np.nan])
+
+
 def test_lift_is_a_ratio_of_means() -> None:
     lift = measures.lift_metric(np.array([0.5, 1.0]), np.array([0.25, 0.25]))
     assert lift(np.array([[1.0, 1.0], [1.0, 0.0]])).tolist() == [3.0, 2.0]

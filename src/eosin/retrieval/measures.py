@@ -168,7 +168,7 @@ def chance_among(exclude: Sequence[Codes], rows: Codes, codes: Codes, label: Cod
     return ratio(np.where(there, share, 0.0).sum(axis=1), there.sum(axis=1).astype(np.float64))
 
 
-def blind_search(exclude: Sequence[Codes], rows: Codes, k: int, *, seed: int = 0) -> Codes:
+def blind_search(exclude: Sequence[Codes], rows: Codes, k: int, *, once: Codes | None = None, seed: int = 0) -> Codes:
     """Return k random candidates of each query (q, k), none twice; `NONE` where a query has fewer.
 
     The chance level of measures that have no closed form.
@@ -177,6 +177,7 @@ def blind_search(exclude: Sequence[Codes], rows: Codes, k: int, *, seed: int = 0
         exclude: columns (n,); see `candidates`.
         rows: (q,) the point that each query is.
         k: hits a query.
+        once: (n,) codes of which a query finds each once at most, such as patients.
         seed: of the draws.
     """
     rng = np.random.default_rng(seed)
@@ -184,16 +185,27 @@ def blind_search(exclude: Sequence[Codes], rows: Codes, k: int, *, seed: int = 0
     found = np.full((len(rows), k), NONE, np.int64)
     for at, row in enumerate(rows.tolist()):
         drawn = rng.choice(n, size=min(n, 4 * k + 16), replace=False)
-        good = drawn[_outside(exclude, drawn, row)]
+        good = _usable(exclude, once, drawn, row)
         if len(good) < k:  # much is excluded: look at everyone
-            good = rng.permutation(np.flatnonzero(_outside(exclude, np.arange(n), row)))
+            good = _usable(exclude, once, rng.permutation(n), row)
         found[at, : min(k, len(good))] = good[:k]
     return found
 
 
+def share_metric(share: Floats) -> LinearMetric:
+    """Return the mean of shares (q,) as a function of row weights; queries without hits (NaN) do not count."""
+    known = ~np.isnan(share)
+    terms = np.column_stack([np.where(known, share, 0.0), known])
+    return LinearMetric(terms=terms, finish=lambda sums: ratio(sums[:, 0], sums[:, 1]))
+
+
 def lift_metric(share: Floats, blind: Floats) -> LinearMetric:
-    """Return mean(share) / mean(blind) as a function of row weights: how many times as often as by chance."""
+    """Return mean(share) / mean(blind) as a function of row weights: how many times as often as by chance.
+
+    Queries where either (q,) is NaN do not count.
+    """
     terms = np.column_stack([share, blind])
+    terms[np.isnan(terms).any(axis=1)] = 0
     return LinearMetric(terms=terms, finish=lambda sums: ratio(sums[:, 0], sums[:, 1]))
 
 
@@ -273,9 +285,10 @@ def points(metrics: Mapping[str, LinearMetric], queries: int) -> dict[str, float
     return {name: float(metric(once)[0]) for name, metric in metrics.items()}
 
 
-def _outside(exclude: Sequence[Codes], points: Codes, row: int) -> npt.NDArray[np.bool_]:
-    """Return which points (m,) share no excluded column with a row."""
-    return np.all([column[points] != column[row] for column in exclude], axis=0)
+def _usable(exclude: Sequence[Codes], once: Codes | None, points: Codes, row: int) -> Codes:
+    """Return the points (m,) that share no excluded column with a row, the first of each `once`."""
+    good = points[np.all([column[points] != column[row] for column in exclude], axis=0)]
+    return good if once is None else good[np.sort(np.unique(once[good], return_index=True)[1])]
 
 
 def _first(query: Codes | None, found: Codes, k: int) -> Codes:
