@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import BaseFileLock
 
-from eosin.errors import IndexCorruptError, IndexStoreError, MissingDependencyError
+from eosin.errors import IndexCorruptError, IndexLockedError, IndexStoreError, MissingDependencyError
 from eosin.features.writer import fsync_folder
 from eosin.retrieval.filters import FieldType
 from eosin.retrieval.manifest import (
@@ -42,19 +42,25 @@ from eosin.retrieval.manifest import (
     write_manifest,
 )
 from eosin.retrieval.protocol import IndexSpec
-from eosin.retrieval.qdrant import Json, QdrantIndex, Row, batches, field_key
+from eosin.retrieval.qdrant import (
+    ACORN_BELOW,
+    EF_CONSTRUCT,
+    FULL_SCAN_BYTES,
+    OVERSAMPLING,
+    SEARCH_EF,
+    Json,
+    M,
+    QdrantIndex,
+    Row,
+    batches,
+    field_key,
+)
 
 if TYPE_CHECKING:
     import qdrant_edge
 
 ENGINE = "edge"
 SHARD = "shard"
-
-M, EF_CONSTRUCT = 16, 128
-SEARCH_EF = 128
-FULL_SCAN_BYTES = 2**25  # of vectors: a filter that leaves fewer is answered by comparing them all
-ACORN_BELOW = 0.4  # share of points that pass the filter, below which ACORN may be used: Qdrant's own default
-OVERSAMPLING = {"none": 1.0, "int8": 2.0, "binary": 8.0}
 
 BATCH_BYTES = 2**22  # of vectors in one entry of the log
 FLUSH_POINTS = 32_768
@@ -99,10 +105,11 @@ class EdgeIndex(QdrantIndex):
         try:
             path.mkdir(parents=True, exist_ok=True)
             with _held(lock_index(path)) as lock:
-                if is_index(path):
+                if is_index(path) and read_manifest(path).complete:
                     raise IndexStoreError(f"{path} holds an index already; open it, or give another folder")
                 _check_room(path, 0)
-                shutil.rmtree(path / SHARD, ignore_errors=True)
+                write_manifest(path, Manifest(spec=spec, engine=ENGINE, complete=False))
+                shutil.rmtree(path / SHARD, ignore_errors=True)  # of an attempt that was interrupted
                 (path / SHARD).mkdir()
                 with _errors(path, "make the index"):
                     shard = engine.EdgeShard.create(str(path / SHARD), config)
@@ -133,10 +140,12 @@ class EdgeIndex(QdrantIndex):
             raise IndexStoreError(f"{path} was made by the engine {manifest.engine!r}; open it with open_index")
         with _held(lock_index(path)) as lock:
             manifest = read_manifest(path)
+            if not manifest.complete:
+                raise IndexCorruptError(f"{path} is half an index: making it was interrupted; make it again")
             _check_files(path, manifest)
             _check_room(path, 0)
-            shutil.rmtree(path / SHARD / "temp_segments", ignore_errors=True)  # of a killed optimise
             index = cls(path, manifest, _load(engine, path), lock)
+            shutil.rmtree(path / SHARD / "temp_segments", ignore_errors=True)  # of a killed optimise
             there, known = index._count(None), int(manifest.state.get("points", 0))
             if there < known:
                 index.shard.close()
@@ -385,6 +394,10 @@ def _load(engine: Any, path: Path) -> qdrant_edge.EdgeShard:
     except Exception as error:
         if type(error) is not Exception:
             raise
+        if "WouldBlock" in str(error):
+            raise IndexLockedError(
+                f"{path} is still being optimised by a process whose caller has ended; wait until it is done"
+            ) from error
         raise _corrupt(path, str(error)) from error
 
 
