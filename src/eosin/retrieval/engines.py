@@ -74,8 +74,8 @@ def open_index(path_or_url: str | Path, *, engine: Engine = "auto", api_key: str
 
         return EdgeIndex.open(path)
     raise IndexStoreError(
-        f"{path} was made by an engine {manifest.engine!r} that this eosin does not know; "
-        f"it knows {', '.join(ENGINES)}: upgrade eosin"
+        f"{path} was made by the engine {manifest.engine!r}, which is none of {', '.join(ENGINES)}: open it with the "
+        "function that made it, or upgrade eosin"
     )
 
 
