@@ -58,7 +58,8 @@ class Searched:
 
     Attributes:
         total: tiles of the index.
-        own: the examples' own tiles, and the other tiles of their slides unless these may be hits.
+        own: tiles of the examples' slides, unless these may be hits; the examples' and counter-examples' own tiles
+            never may.
         patient: tiles of other slides of the same patients, unless these may be hits.
         filtered: tiles that the filter left out of what remained.
         left: tiles that were searched.
@@ -127,7 +128,8 @@ def search(
 
     Several examples count alike, whatever their number of tiles: the query is the mean p of their means, and with
     counter-examples of mean m it is ``p + (p - m)`` (the average-vector strategy of Rocchio, in: The SMART Retrieval
-    System, 1971, 313, with both weights 1). The examples' own tiles are never hits.
+    System, 1971, 313, with both weights 1). The examples' slides and patients are left out, as the settings say; those
+    of counter-examples are not.
 
     Args:
         index: where to look.
@@ -141,11 +143,11 @@ def search(
     """
     settings = settings or SearchSettings()
     _check(examples, against, settings, index.spec)
-    everything = (*examples, *against)
-    own = np.unique(np.concatenate([one.ids for one in everything]))
-    where, searched = _scope(index, settings, everything, own)
+    loose = (*examples, *against) if settings.same_slide else against  # what the filter does not leave out anyhow
+    own = np.unique(np.concatenate([np.empty(0, np.uint64), *(one.ids for one in loose)]))
+    where, searched, passing = _scope(index, settings, examples, own)
     queries = _queries(examples, against, settings, index.spec)
-    hits, matched = _hits(index, queries, settings, where=where, own=own)
+    hits, matched = _hits(index, queries, settings, where=where, own=own, passing=passing)
     drawn = _drawn(index, where, own)
     chance = (drawn @ queries.T).max(axis=1) if len(drawn) else np.empty(0, dtype=np.float32)
     fields = [name for name in MIXES if index.spec.fields.get(name) == "keyword"]
@@ -180,11 +182,11 @@ def _check(examples: Sequence[Example], against: Sequence[Example], settings: Se
 
 
 def _scope(
-    index: VectorIndex, settings: SearchSettings, everything: Sequence[Example], own: Ids
-) -> tuple[Filter | None, Searched]:
-    """Return the filter that hits must pass, and how many tiles each part of it leaves out."""
-    slides = tuple(sorted({one.slide_id for one in everything if one.slide_id is not None}))
-    patients = tuple(sorted({name for one in everything for name in one.about.get("patient_id", ())}))
+    index: VectorIndex, settings: SearchSettings, examples: Sequence[Example], own: Ids
+) -> tuple[Filter | None, Searched, int]:
+    """Return the filter that hits must pass, how many tiles each part of it leaves out, and how many of `own` pass."""
+    slides = tuple(sorted({one.slide_id for one in examples if one.slide_id is not None}))
+    patients = tuple(sorted({name for one in examples for name in one.about.get("patient_id", ())}))
     parts: list[Filter] = []
     left = [index.count()]
 
@@ -199,14 +201,12 @@ def _scope(
     leave_out(Not(elsewhere) if patients and not settings.same_patient else None)
     leave_out(settings.where)
     where = All(tuple(parts)) if parts else None
-    counts = [before - after for before, after in pairwise(left)]
-    if settings.same_slide:
-        # The engine still finds the examples' own tiles: they are taken out of what it gives.
-        payload = index.retrieve(own).payload
-        lost = len(own) if where is None else int(mask(where, payload).sum())
-        counts = [len(own), counts[1], counts[2] - (len(own) - lost)]
-        left.append(left[-1] - lost)
-    return where, Searched(total=left[0], own=counts[0], patient=counts[1], filtered=counts[2], left=left[-1])
+    slide, patient, filtered = (before - after for before, after in pairwise(left))
+    passing = len(own)
+    if len(own) and where is not None:
+        passing = int(mask(where, index.retrieve(own).payload).sum())
+    searched = Searched(total=left[0], own=slide + passing, patient=patient, filtered=filtered, left=left[-1] - passing)
+    return where, searched, passing
 
 
 def _queries(
@@ -220,11 +220,11 @@ def _queries(
 
 
 def _hits(
-    index: VectorIndex, queries: Floats, settings: SearchSettings, *, where: Filter | None, own: Ids
+    index: VectorIndex, queries: Floats, settings: SearchSettings, *, where: Filter | None, own: Ids, passing: int
 ) -> tuple[Hits, npt.NDArray[np.int64]]:
     """Return the hits with vectors, and for each the query it is most like."""
     pool = settings.k if settings.mmr is None else mmr_pool(settings.k)
-    asked = pool + (len(own) if settings.same_slide else 0)
+    asked = pool + passing  # the engine still finds the examples' own tiles; they are taken out below
     best: dict[int, tuple[float, int]] = {}
     for start in range(0, len(queries), BLOCK):
         block = queries[start : start + BLOCK]
@@ -255,7 +255,6 @@ def _drawn(index: VectorIndex, where: Filter | None, own: Ids) -> Floats:
 def _notes(index: VectorIndex, result: SearchResult) -> tuple[str, ...]:
     """Return what a reader must know before believing the hits."""
     settings, searched, hits = result.settings, result.searched, result.hits
-    everything = (*result.examples, *result.against)
     notes = []
     if hits.lacking:
         notes.append(
@@ -265,7 +264,7 @@ def _notes(index: VectorIndex, result: SearchResult) -> tuple[str, ...]:
         )
         if settings.where is not None and not searched.left:
             notes += _missing_values(index, settings.where)
-    unknown = [one.name for one in everything if not one.about.get("patient_id")]
+    unknown = [one.name for one in result.examples if not one.about.get("patient_id")]
     if unknown and not settings.same_patient:
         notes.append(
             f"The patient of {' and of '.join(unknown)} is not known: other slides of that patient were not left out. "
