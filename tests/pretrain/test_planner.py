@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eosin.errors import ConfigError
 from eosin.pretrain.config import PretrainConfig, parse_config
+from eosin.pretrain.lora import add_adapters
 from eosin.pretrain.masking import block_masks
 from eosin.pretrain.model import PRESETS, VisionTransformer
 from eosin.pretrain.objective import Branch, Crops, Student
@@ -100,9 +101,16 @@ def test_masked_patches_are_what_masks_have() -> None:
     assert masked_patches(config) == pytest.approx(sum(counts) / 20, rel=0.03)
 
 
-def kept_bytes(config: PretrainConfig) -> int:
+def student_of(config: PretrainConfig) -> Student:
+    student = Student(config, {})
+    if config.run.lora is not None:
+        add_adapters(student.branch.encoder, config.run.lora)
+    return student
+
+
+def kept_bytes(config: PretrainConfig, *, heads: bool = True) -> int:
     """Return the bytes that a student's forward keeps for its backward, weights not counted."""
-    student, crops = Student(config, {}), crops_of(config)
+    student, crops = student_of(config), crops_of(config)
     weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -116,7 +124,10 @@ def kept_bytes(config: PretrainConfig) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
         torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):
-        student(crops, 0.0, None)
+        if heads:
+            student(crops, 0.0, None)
+        else:
+            student.branch.encoder(crops.images, [crops.hidden, None])
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
@@ -124,6 +135,40 @@ def kept_bytes(config: PretrainConfig) -> int:
 def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
     config = tiny(model)
     assert plan(config).memory["activations"] == pytest.approx(kept_bytes(config), rel=0.03)
+
+
+ADAPTERS = [["q", "v"], ["q", "k", "v", "proj"], ["q", "k", "v", "proj", "mlp"]]
+
+
+@pytest.mark.parametrize("targets", ADAPTERS, ids="-".join)
+@pytest.mark.parametrize("model", [{}, {"ffn": "swiglu"}, {"position": "rope"}, {"drop_path": 0.25}], ids=str)
+def test_adapters_keep_and_cost_what_is_planned(model: dict[str, Any], targets: list[str]) -> None:
+    """Against autograd and torch's count of a step forward and backward."""
+    lora = {"lora_rank": 4, "lora_targets": targets, "weights": "any"}
+    config = tiny(model, run={"batch": 4, "precision": "fp32", **lora})
+    found, plain = plan(config), plan(tiny(model))
+    assert found.memory["activations"] == pytest.approx(kept_bytes(config, heads=False), rel=0.04)
+    assert found.memory["activations"] < plain.memory["activations"]
+    student, crops, row = student_of(config), crops_of(config), 2 * (192 * 128 + 128 * 128 + 128 * 64 + 64 * 512)
+    with FlopCounterMode(display=False) as counter:
+        seen, _ = student(crops, 0.0, None)
+        (sum(logits.sum() for logits in seen.logits) + seen.masked_logits.sum()).backward()
+    heads = 3 * (10 * config.run.batch + int(crops.hidden.sum())) * row
+    expected = config.run.batch * found.flops_per_image["student"] + heads
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_only_what_trains_has_moments() -> None:
+    config = tiny(run={"batch": 4, "precision": "fp32", "lora_rank": 4, "weights": "any"})
+    found, student = plan(config), student_of(config)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    adapters, dim, depth = found.parameters["encoder"], 192, 3
+    assert adapters == depth * 2 * 4 * (dim + dim)
+    assert sum(p.numel() for p in trained) == adapters + found.parameters["heads"]
+    assert found.parameters["frozen"] == plan(tiny()).parameters["encoder"]
+    assert found.memory["optimiser"] == 12 * (adapters + found.parameters["heads"])
+    assert found.memory["weights"] == 2 * sum(p.nbytes for p in student.parameters())
+    assert "frozen" in str(found)
 
 
 def test_half_precision_keeps_what_is_planned() -> None:

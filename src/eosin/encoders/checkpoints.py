@@ -14,7 +14,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from eosin.encoders import backends
 from eosin.encoders.convert import Converted, fill, infer, position_side, to_timm
@@ -82,8 +82,13 @@ def hash_weights(network: nn.Module) -> str:
 
     The same weights give the same hash, whichever layout or file they came from.
     """
+    return hash_tensors(network.state_dict())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return sha256 over the sorted names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{flat.dtype}|{tuple(flat.shape)}|".encode())
         digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)

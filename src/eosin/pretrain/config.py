@@ -13,6 +13,7 @@ from typing import Any, Literal
 from eosin.errors import ConfigError
 from eosin.features.recipe import canonical_json
 from eosin.pretrain import model, view_config
+from eosin.pretrain.lora import USUAL, Lora, Target
 from eosin.pretrain.model import ModelConfig
 from eosin.pretrain.sampling import SampleConfig
 from eosin.pretrain.schedules import Budget, Rule, ScheduleSpec, resolve_budget, scaled_lr
@@ -194,6 +195,9 @@ class RunConfig:
         compile: whether the encoder is compiled.
         shard: whether several ranks share the parameters (FSDP2) or each hold them all (DDP).
         weights: encoder to start from, a name or a file; None starts from random numbers.
+        lora_rank: of low-rank adapters on `weights`, which then stand still; None and 0 train all weights.
+        lora_alpha: the adapters count lora_alpha / lora_rank; None: 1.
+        lora_targets: linears that are adapted; None: queries and values.
         save_every: optimiser steps between checkpoints.
         keep: checkpoints kept.
     """
@@ -205,6 +209,9 @@ class RunConfig:
     compile: bool = False
     shard: bool = False
     weights: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[Target, ...] | None = None
     save_every: int = 1000
     keep: int = 2
 
@@ -213,6 +220,21 @@ class RunConfig:
         for name in ("batch", "accumulate", "save_every", "keep"):
             require(self, name, getattr(self, name) >= 1, "1 or more")
         require(self, "seed", self.seed >= 0, "0 or more")
+        require(self, "lora_rank", (self.lora_rank or 0) >= 0, "0 or more")
+        require(self, "lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "above 0")
+        require(self, "lora_targets", self.lora_targets is None or len(self.lora_targets) > 0, "one or more")
+        if self.lora_rank and self.weights is None:
+            raise ConfigError(f"lora_rank is {self.lora_rank}, but weights is not given: there is nothing to adapt")
+        if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, None):
+            raise ConfigError("lora_alpha or lora_targets is given without lora_rank; give it, such as 8")
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters, or None when all weights train."""
+        if not self.lora_rank:
+            return None
+        alpha = float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+        return Lora(rank=self.lora_rank, alpha=alpha, targets=self.lora_targets or USUAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,6 +286,8 @@ class PretrainConfig:
             raise ConfigError(f"data.sample.tile_px is {tile}; {what}")
         if self.schedule.warm_start and self.run.weights is None:
             raise ConfigError("schedule.warm_start is true, but run.weights is not given: nothing is warm")
+        if (self.run.lora_rank or 0) > self.model.dim:
+            raise ConfigError(f"run.lora_rank is {self.run.lora_rank}; the weights have rank {self.model.dim} at most")
         spread = self.objective.koleo + self.objective.kde > 0 or self.objective.method == "simclr"
         if spread and self.run.batch < 2:
             raise ConfigError("run.batch is 1; KoLeo, KDE and SimCLR compare images: give 2 or more, or set them to 0")

@@ -27,8 +27,8 @@ def make_teacher(student: M) -> M:
     return teacher.eval()
 
 
-def pair(teacher: nn.Module, student: nn.Module) -> Pairs:
-    """Return the parameters that `update` averages, checked once.
+def pair(teacher: nn.Module, student: nn.Module, *, trained: bool = False) -> Pairs:
+    """Return the parameters that `update` averages, checked once; `trained`: those alone that the student trains.
 
     Raises:
         WeightsError: other names or shapes, another sharding, a teacher that shares the student's memory, or
@@ -50,7 +50,8 @@ def pair(teacher: nn.Module, student: nn.Module) -> Pairs:
             raise WeightsError(f"{name} is sharded one way in the teacher and another in the student")
         if _local(average).data_ptr() == _local(current).data_ptr() and _local(average).numel():
             raise WeightsError(f"{name} of the teacher is the student's own tensor; make the teacher with make_teacher")
-    return [_local(p) for p in ours.values()], [_local(theirs[name]) for name in ours]
+    names = [name for name in ours if theirs[name].requires_grad or not trained]
+    return [_local(ours[name]) for name in names], [_local(theirs[name]) for name in names]
 
 
 @torch.no_grad()

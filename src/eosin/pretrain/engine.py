@@ -20,6 +20,7 @@ from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.groups import apply_values, parameter_groups
 from eosin.pretrain.inputs import DROPOUT, STEP, WEIGHTS, seed_of
 from eosin.pretrain.layouts import load_weights
+from eosin.pretrain.lora import add_adapters
 from eosin.pretrain.model import VisionTransformer
 from eosin.pretrain.objective import Branch, Crops, Seen, Student, Targets, loss_parts, loss_weights
 from eosin.pretrain.parallel import clip, data_parallel, put_away, shard, without_sync
@@ -88,6 +89,8 @@ def build(config: PretrainConfig, *, classes: Mapping[str, int], steps: int, dev
     student = Student(config, classes)
     if config.run.weights is not None:
         start_from(student.branch.encoder, config)
+    if config.run.lora is not None:
+        add_adapters(student.branch.encoder, config.run.lora)
     student.to(device)
     teacher = ema.make_teacher(student.branch)
     anchor = ema.make_teacher(teacher.encoder) if config.objective.method == "dino" and config.objective.gram else None
@@ -119,7 +122,7 @@ def build(config: PretrainConfig, *, classes: Mapping[str, int], steps: int, dev
         optimizer=torch.optim.AdamW(
             groups, lr=config.lr, betas=config.optimizer.betas, fused=None if config.run.shard else True
         ),
-        pairs=ema.pair(teacher, student.branch),
+        pairs=ema.pair(teacher, student.branch, trained=True),
     )
 
 

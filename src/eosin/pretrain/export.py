@@ -14,6 +14,7 @@ from eosin.encoders.checkpoints import FACTS
 from eosin.features.writer import replace_durably
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.layouts import save_encoder
+from eosin.pretrain.lora import merged
 
 
 def encoder_facts(config: PretrainConfig, *, mpp: tuple[float, ...], step: int) -> dict[str, Any]:
@@ -40,10 +41,13 @@ def encoder_facts(config: PretrainConfig, *, mpp: tuple[float, ...], step: int) 
 
 
 def export_encoder(path: Path, state: Mapping[str, Tensor], config: PretrainConfig, facts: Mapping[str, Any]) -> Path:
-    """Write the weights of an encoder as safetensors for `eosin.load_encoder`, `facts` as JSON in its metadata."""
+    """Write the weights of an encoder as safetensors for `eosin.load_encoder`, `facts` as JSON in its metadata.
+
+    Adapters are merged into the weights.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = path.with_name(f".{path.stem}.plain.safetensors")
-    save_encoder(plain, state, config.model)
+    save_encoder(plain, merged(state, config.run.lora), config.model)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(load_file(plain), temporary, metadata={"format": "pt", FACTS: json.dumps(facts)})
     replace_durably(temporary, path)

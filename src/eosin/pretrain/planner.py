@@ -9,12 +9,15 @@ import torch
 
 from eosin.errors import ConfigError
 from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.lora import add_adapters
 from eosin.pretrain.model import ModelConfig
 from eosin.pretrain.objective import Branch, Student
 from eosin.pretrain.schedules import Budget, resolve_budget
 
 BACKWARD = 3
 """Forward and backward cost three forwards: one matrix product forward, two backward."""
+FROZEN = 2
+"""Of weights that stand still the backward pass needs one product: no gradient of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +29,7 @@ class Plan:
         lr: peak learning rate after the rule of the batch.
         batch_of_rank: tiles of one micro-step on one rank.
         world: ranks.
-        parameters: numbers that are trained, "encoder" and "heads".
+        parameters: numbers that are trained, "encoder" and "heads"; with adapters also "frozen", which are not.
         flops_per_image: operations for one tile of the training set (a multiplication and an addition are two), by
             part: "teacher", "student", "heads", "anchor". Stochastic depth is credited; norms, softmax, views and the
             optimiser are not counted.
@@ -124,8 +127,7 @@ def forward_flops(model: ModelConfig, side_px: int) -> dict[str, float]:
         model: the geometry.
         side_px: side of the crop.
     """
-    patches = (side_px // model.patch_px) ** 2
-    tokens = 1 + model.registers + patches
+    patches, tokens = (side_px // model.patch_px) ** 2, _tokens(model, side_px)
     weights = 4 * model.dim**2 + (2 if model.ffn == "mlp" else 3) * model.dim * model.hidden
     block = 2 * tokens * weights + 4 * tokens**2 * model.dim
     return {"blocks": model.depth * block, "embedding": 2 * patches * 3 * model.patch_px**2 * model.dim}
@@ -150,25 +152,56 @@ def _budget(config: PretrainConfig, seconds: float | None) -> Budget:
 
 def _parameters(config: PretrainConfig) -> dict[str, int]:
     with torch.device("meta"):
-        parts = Student(config, {}).parts()
-    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
-    return {"encoder": counts.pop("encoder"), "heads": sum(counts.values())}
+        student = Student(config, {})
+        if config.run.lora is not None:
+            add_adapters(student.branch.encoder, config.run.lora)
+    encoder = list(student.branch.encoder.parameters())
+    trained = sum(p.numel() for p in encoder if p.requires_grad)
+    heads = sum(p.numel() for p in student.parameters()) - sum(p.numel() for p in encoder)
+    found = {"encoder": trained, "heads": heads}
+    return found if config.run.lora is None else {**found, "frozen": sum(p.numel() for p in encoder) - trained}
 
 
 def _flops_per_image(config: PretrainConfig, batch: int) -> dict[str, float]:
     of, views = config.objective, config.views
-    whole, local = (forward_flops(config.model, side) for side in (views.global_px, views.local_px))
-    glob = sum(whole.values())
+    whole, local = (_trained_flops(config, side) for side in (views.global_px, views.local_px))
+    glob = sum(forward_flops(config.model, views.global_px).values()) + _adapter_flops(config, views.global_px)
     trained = 2 * _thinned(config, whole, 2 * batch)
     if views.local_crops:
         trained += views.local_crops * _thinned(config, local, views.local_crops * batch)
-    found = {"teacher": 2 * glob if of.method == "dino" else 0.0, "student": BACKWARD * trained}
+    found = {"teacher": 2 * glob if of.method == "dino" else 0.0, "student": trained}
     found["heads"] = _head_flops(config)
     if of.method == "dino" and of.gram:
         patches = (views.global_px // config.model.patch_px) ** 2
         cosines = 2 * 2 * patches**2 * config.model.dim
         found["anchor"] = (1 - of.gram_start) * (2 * glob + (1 + BACKWARD) * cosines)
     return found
+
+
+def _trained_flops(config: PretrainConfig, side_px: int) -> dict[str, float]:
+    """Return the operations of one crop, forward and backward; of weights that stand still without their gradients."""
+    forward = forward_flops(config.model, side_px)
+    if config.run.lora is None:
+        return {part: BACKWARD * flops for part, flops in forward.items()}
+    model = config.model
+    pairs = model.depth * 4 * _tokens(model, side_px) ** 2 * model.dim
+    adapters = _adapter_flops(config, side_px)
+    weights = forward["blocks"] - pairs
+    # Nothing goes back through the queries, keys and values of the first block to the embedding.
+    first = 2 * _tokens(model, side_px) * 3 * model.dim**2
+    return {
+        "blocks": FROZEN * weights - first + BACKWARD * (pairs + adapters),
+        "embedding": forward["embedding"],
+    }
+
+
+def _adapter_flops(config: PretrainConfig, side_px: int) -> float:
+    """Return the operations of the adapters of one crop's forward pass."""
+    return 0.0 if config.run.lora is None else 2.0 * _tokens(config.model, side_px) * _parameters(config)["encoder"]
+
+
+def _tokens(model: ModelConfig, side_px: int) -> int:
+    return 1 + model.registers + (side_px // model.patch_px) ** 2
 
 
 def _thinned(config: PretrainConfig, flops: dict[str, float], crops: int) -> float:
@@ -195,7 +228,9 @@ def _memory(config: PretrainConfig, parameters: dict[str, int], batch: int, worl
     of = config.objective
     with torch.device("meta"):
         teacher = sum(p.numel() for p in Branch(config).parameters())
-    trained, anchor = sum(parameters.values()), parameters["encoder"] if of.method == "dino" and of.gram else 0
+    frozen, trained = parameters.get("frozen", 0), parameters["encoder"] + parameters["heads"]
+    teacher += parameters["encoder"] if frozen else 0  # its adapters
+    anchor = parameters["encoder"] + frozen if of.method == "dino" and of.gram else 0
     ranks = world if config.run.shard else 1
     half = config.run.precision == "bf16"
     masked = masked_patches(config)
@@ -205,7 +240,7 @@ def _memory(config: PretrainConfig, parameters: dict[str, int], batch: int, worl
     # In float32: of the student logits, log-probabilities and their gradient; of the teacher logits and targets.
     logits = batch * of.prototypes * 4 * (3 * student_rows + 2 * teacher_rows) if of.method == "dino" else 0
     return {
-        "weights": 4.0 * (trained + teacher + anchor) / ranks + (2.0 * trained if half else 0),
+        "weights": 4.0 * (trained + frozen + teacher + anchor) / ranks + (2.0 * (trained + frozen) if half else 0),
         "optimiser": 12.0 * trained / ranks,
         "activations": float(batch * _activations(config, batch, half)),
         "logits": float(logits),
@@ -221,18 +256,32 @@ def _activations(config: PretrainConfig, batch: int, half: bool) -> float:
     and the product). Beside the blocks: the crops, and the input of the last norm.
     """
     model, views = config.model, config.views
-    hidden = (2 if model.ffn == "mlp" else 4) * model.hidden
-    rotated = 2 * model.dim if model.position == "rope" else 0
     size = 2 if half else 4
     full = (4 if model.drop_path else 2) * model.dim
-    token = 4 * full + size * (9 * model.dim + hidden + rotated)
+    token = 4 * full + size * _kept_of_token(config)
     total = 0.0
     for crops, side in ((2, views.global_px), (views.local_crops, views.local_px)):
         if crops:
             kept = _thinned(config, {"blocks": 1.0, "embedding": 0.0}, crops * batch)
             tokens = 1 + model.registers + (side // model.patch_px) ** 2
             total += crops * (tokens * (kept * token * model.depth + 4 * model.dim) + size * 3 * side**2)
+            if config.run.lora is not None:  # nothing goes back to the embedding: no crop, nor the first norm's input
+                total -= crops * (tokens * kept * 4 * model.dim + size * 3 * side**2)
     return total
+
+
+def _kept_of_token(config: PretrainConfig) -> int:
+    """Return how many numbers in the precision of the products a block keeps of a token.
+
+    A linear that stands still needs no input of its own, and its LayerScale no branch: what adapters see is kept.
+    """
+    model, lora = config.model, config.run.lora
+    rotated = 2 * model.dim if model.position == "rope" else 0
+    if lora is None:
+        return 9 * model.dim + (2 if model.ffn == "mlp" else 4) * model.hidden + rotated
+    seen = [model.dim] * bool({"q", "k", "v"} & set(lora.targets)) + [model.dim] * ("proj" in lora.targets)
+    seen += [model.dim, model.hidden] if "mlp" in lora.targets else []
+    return sum(seen) + 4 * model.dim + (1 if model.ffn == "mlp" else 3) * model.hidden + rotated
 
 
 def _parts(parts: dict[str, int] | dict[str, float], unit: float, name: str) -> str:

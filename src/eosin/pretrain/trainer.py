@@ -21,6 +21,7 @@ from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.engine import Engine, Stepped
 from eosin.pretrain.export import encoder_facts, export_encoder, prune
 from eosin.pretrain.gauges import Clock, FirstBad, Stop
+from eosin.pretrain.lora import merged, save_adapter
 from eosin.pretrain.model import VisionTransformer
 from eosin.pretrain.objective import check_batch
 from eosin.pretrain.planner import plan
@@ -34,6 +35,7 @@ from eosin.version import __version__
 log = logging.getLogger(__name__)
 
 ENCODER, ENCODERS, CHECKPOINTS, REPORT = "encoder.safetensors", "encoders", "checkpoints", "report.html"
+ADAPTER = "adapter.safetensors"
 TIMED_STEPS, WARM_STEPS = 5, 2
 SETTLING_STEPS = 5000
 """Steps after the warm-up in which an encoder may still see all images alike, as an untrained one does."""
@@ -355,7 +357,7 @@ class _Run:
         state = parallel.whole_state(self.engine.teacher.encoder)
         whole = VisionTransformer(self.config.model)
         if self.first:
-            whole.load_state_dict(state)
+            whole.load_state_dict(merged(state, self.config.run.lora))
         return whole.to(self.device)
 
     def _save(self, done: int) -> None:
@@ -374,9 +376,13 @@ class _Run:
         prune(folder, {path.name for path in (self.out / CHECKPOINTS).glob("step-*")})
         if done == self.budget.steps:
             export_encoder(self.out / ENCODER, state, self.config, facts)
+            if self.config.run.lora is not None:
+                told = {"weights": self.config.run.weights, "step": done, "config_hash": self.config.hash}
+                save_adapter(self.out / ADAPTER, state, self.config.run.lora, told)
 
     def _write_run(self, status: str, step: int) -> None:
         """Write `run.json`: what ran, on what, and how it ended."""
+        encoder = self.engine.student.branch.encoder
         record = {
             "status": status,
             "step": step,
@@ -391,7 +397,8 @@ class _Run:
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
             "gpu": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
             "versions": {"eosin": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "parameters": sum(p.numel() for p in self.engine.student.branch.encoder.parameters()),
+            "parameters": sum(p.numel() for p in encoder.parameters()),
+            "trained": sum(p.numel() for p in encoder.parameters() if p.requires_grad),
             "seconds": round(time.time() - self.begun, 3),
             "resumed_from": self.started,
         }
