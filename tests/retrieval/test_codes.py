@@ -1,4 +1,4 @@
-"""Codes against brute force: the nearest centre at each level, angles, and paths whose order is known."""
+"""Codes against brute force: the nearest centre at each level, the nearest cells, and paths whose order is known."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import numpy.typing as npt
 import pytest
 
 from eosin.retrieval.codes import (
-    FEWEST_BITS,
     LEVELS,
     Codebook,
-    differing_bits,
     digit,
     encode,
     fit_codebook,
-    fit_planes,
     likeness,
     occupied_cells,
     path_order,
     probes,
-    sign_bits,
 )
 
 Floats = npt.NDArray[np.float32]
@@ -171,36 +167,3 @@ def test_likeness_is_the_product_with_the_sum_of_centres(vectors: Floats, codebo
     keys = encode(vectors, codebook)
     stands_for = sum(codebook.centres[level, digit(keys, level)].astype(np.float64) for level in range(LEVELS))
     np.testing.assert_allclose(likeness(keys, codebook.centres @ vectors[7]), stands_for @ vectors[7], atol=1e-5)
-
-
-@pytest.mark.parametrize(("dim", "bits"), [(3, FEWEST_BITS), (256, 256), (300, 320)])
-def test_planes_keep_lengths_and_are_turned_at_random(dim: int, bits: int) -> None:
-    x = np.random.default_rng(0).standard_normal((500, dim)).astype(np.float32)
-    planes = fit_planes(x, seed=1)
-    np.testing.assert_allclose(planes.mean, x.astype(np.float64).mean(axis=0), atol=1e-6)
-    assert planes.rotation.shape == (dim, bits)
-    np.testing.assert_allclose(planes.rotation @ planes.rotation.T, np.eye(dim), atol=1e-5)
-    assert not np.array_equal(planes.rotation, fit_planes(x, seed=2).rotation)
-    np.testing.assert_array_equal(planes.rotation, fit_planes(x, seed=1).rotation)
-
-
-def test_bits_are_signs(vectors: Floats) -> None:
-    planes = fit_planes(vectors)
-    words = sign_bits(vectors[:50], planes)
-    signs = (vectors[:50].astype(np.float64) - planes.mean) @ planes.rotation.astype(np.float64) > 0
-    for row in range(50):
-        assert differing_bits(words[row], words).tolist() == (signs != signs[row]).sum(axis=1).tolist()
-
-
-def test_the_share_of_differing_bits_is_the_angle_over_pi() -> None:
-    rng = np.random.default_rng(5)
-    x = rng.standard_normal((4000, 512)).astype(np.float32)
-    planes = fit_planes(x)
-    away = x[:200] - planes.mean
-    for mix in (0.2, 1.0, 3.0):
-        moved = away + mix * rng.standard_normal(away.shape).astype(np.float32)
-        cosine = (away * moved).sum(axis=1) / np.linalg.norm(away, axis=1) / np.linalg.norm(moved, axis=1)
-        first, second = sign_bits(away + planes.mean, planes), sign_bits(moved + planes.mean, planes)
-        share = np.array([differing_bits(a, b[None])[0] for a, b in zip(first, second, strict=True)]) / 512
-        angle = np.arccos(cosine) / np.pi
-        assert abs(float(np.mean(share - angle))) < 4 * np.sqrt(0.25 / (512 * 200))

@@ -1,12 +1,9 @@
-"""Discrete codes of features: an integer key whose order means likeness, and sign bits that stand for angles.
+"""Discrete codes of features: an integer key whose order means likeness.
 
 A key is a residual quantisation (Chen et al., Sensors 2010): the nearest of up to 256 k-means centres, then the nearest
 centre of what is left of the vector, four levels in all. The centres of each level are numbered along a path through
 them on which neighbours are alike (the leaves of their hierarchical clustering in optimal order, Bar-Joseph et al.
 2001), so that keys that are close as integers stand for vectors that are close. The first level is the highest byte.
-
-Sign bits are the signs of the centred and randomly rotated vector; the share of bits in which two vectors differ
-estimates their angle over pi (Charikar 2002).
 """
 
 from __future__ import annotations
@@ -22,13 +19,11 @@ from threadpoolctl import threadpool_limits
 
 Floats = npt.NDArray[np.float32]
 Keys = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
 
 LEVELS = 4
 LEVEL_BITS = 8
 SAMPLE = 50_000
 """Rows that centres are learned from."""
-FEWEST_BITS = 256
 BLOCK = 8192
 
 
@@ -43,19 +38,6 @@ class Codebook:
 
     centres: Floats
     half: Floats
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Planes:
-    """What turns a vector into sign bits.
-
-    Attributes:
-        mean: float32 (D,), taken off first.
-        rotation: float32 (D, bits): the first D rows of a random orthogonal matrix; bits is a multiple of 64.
-    """
-
-    mean: Floats
-    rotation: Floats
 
 
 def fit_codebook(vectors: npt.NDArray[Any], *, cells: int = 256, seed: int = 0) -> Codebook:
@@ -188,34 +170,3 @@ def _nearest(vectors: Floats, centres: Floats) -> npt.NDArray[np.int64]:
     for start in range(0, len(vectors), BLOCK):
         found[start : start + BLOCK] = (vectors[start : start + BLOCK] @ centres.T - half).argmax(axis=1)
     return found
-
-
-def fit_planes(vectors: npt.NDArray[Any], *, seed: int = 0) -> Planes:
-    """Return planes for `vectors` (n, D): their mean and a random rotation of `seed`.
-
-    There are as many bits as features, rounded up to a multiple of 64, at least 256: features are thought to be padded
-    with zeros to that number, then rotated.
-    """
-    dim = vectors.shape[1]
-    bits = max(FEWEST_BITS, -(-dim // 64) * 64)
-    rng = np.random.default_rng([seed, 1])
-    matrix, triangle = np.linalg.qr(rng.standard_normal((bits, bits)))
-    rotation = matrix[:dim] * np.sign(np.diagonal(triangle))  # as Mezzadri 2007: without it not every rotation is alike
-    total = np.zeros(dim)
-    for start in range(0, len(vectors), BLOCK):
-        total += vectors[start : start + BLOCK].sum(axis=0, dtype=np.float64)
-    return Planes(mean=(total / max(1, len(vectors))).astype(np.float32), rotation=rotation.astype(np.float32))
-
-
-def sign_bits(vectors: npt.NDArray[Any], planes: Planes) -> Words:
-    """Return the sign bits of `vectors` (n, D) as words uint64 (n, bits / 64)."""
-    found = np.empty((len(vectors), planes.rotation.shape[1] // 64), np.uint64)
-    for start in range(0, len(vectors), BLOCK):
-        signs = (vectors[start : start + BLOCK].astype(np.float32) - planes.mean) @ planes.rotation > 0
-        found[start : start + BLOCK] = np.packbits(signs, axis=1).view(np.uint64)
-    return found
-
-
-def differing_bits(query: Words, words: Words) -> npt.NDArray[np.int64]:
-    """Return in how many bits (n,) each row of `words` (n, w) differs from `query` (w,)."""
-    return np.bitwise_count(words ^ query).sum(axis=1, dtype=np.int64)

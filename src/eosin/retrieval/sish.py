@@ -1,14 +1,14 @@
-"""Search in time that does not grow with the number stored: keys, a bounded walk, a filter, a ranking of slides.
+"""Search in time that does not grow with the number stored: keys, a bounded walk, cosines, a ranking of slides.
 
 The idea is that of SISH (Chen et al., Nature Biomedical Engineering 2022): give every tile an integer, keep these
 sorted, and look only at a fixed number of predecessors and successors of the query's. What it is made of is our own:
 keys are learned from the features themselves (`codes`), the walk goes where the keys promise most (`walk`), candidates
-are compared by sign bits after a random rotation and the best of them by cosine, and slides are ranked by
-`ranking.entropy_vote`.
+are compared by cosine, and slides are ranked by `ranking.entropy_vote`.
 
 Per query: one product with the centres, one comparison with at most 65,536 cells, `probes` binary searches, `budget`
-keys and rows of sign bits, `refine` vectors. Only the binary searches know how many are stored, by its logarithm. What
-is given up is the promise that the nearest are found: `benchmarks/sish.py` measures how often they are.
+keys and vectors. Only the binary searches know how many are stored, by its logarithm. Vectors lie in the order of their
+keys, so that a walk reads them in runs. What is given up is the promise that the nearest are found:
+`benchmarks/sish.py` measures how often they are.
 """
 
 from __future__ import annotations
@@ -21,19 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eosin.errors import QueryError
-from eosin.retrieval.codes import (
-    Codebook,
-    Planes,
-    Words,
-    differing_bits,
-    encode,
-    fit_codebook,
-    fit_planes,
-    likeness,
-    occupied_cells,
-    probes,
-    sign_bits,
-)
+from eosin.retrieval.codes import Codebook, encode, fit_codebook, likeness, occupied_cells, probes
 from eosin.retrieval.filters import Filter, check_filter, evaluate, mask
 from eosin.retrieval.inputs import check_k, check_points, unit_queries
 from eosin.retrieval.protocol import Floats, Hits, Ids, IndexSpec, Payload, VectorIndex, Vectors
@@ -52,14 +40,12 @@ class SishSettings:
     """How far a query looks. None of it grows with the number stored.
 
     Attributes:
-        budget: candidates of a query: entries whose sign bits are compared.
+        budget: candidates of a query: entries compared with it by cosine.
         probes: cells from which walks start.
-        refine: candidates of most equal sign bits that are compared by cosine; at least k are.
     """
 
     budget: int = 2000
     probes: int = 64
-    refine: int = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -69,9 +55,7 @@ class SishIndex:
     Attributes:
         spec: what the vectors are.
         codebook: from vectors to keys.
-        planes: from vectors to sign bits.
         keys: int64 (n,), ascending; the arrays below are in their order, equal keys by id.
-        bits: uint64 (n, words), sign bits.
         vectors: float32 (n, dim) of length 1; may be memory-mapped.
         ids: uint64 (n,).
         columns: payload, each (n,); a keyword is a number into its names.
@@ -81,9 +65,7 @@ class SishIndex:
 
     spec: IndexSpec
     codebook: Codebook
-    planes: Planes
     keys: Keys
-    bits: Words
     vectors: Floats
     ids: Ids
     columns: dict[str, npt.NDArray[Any]]
@@ -106,7 +88,7 @@ class SishFound:
 
     Attributes:
         hits: best first, of the candidates only.
-        candidates: entries that passed the filter and whose sign bits were compared.
+        candidates: entries that passed the filter and were compared by cosine.
         examined: entries the walks looked at: as many, or more where a filter left some out.
     """
 
@@ -147,7 +129,7 @@ def build_sish(
         payload: exactly the spec's fields, each (n,).
         spec: what the vectors are.
         cells: centres a level (`codes.fit_codebook`).
-        seed: of centres and rotation. The same points give the same index, in any order they come.
+        seed: of the centres. The same points give the same index, in any order they come.
 
     Raises:
         IndexMismatchError: vectors of another length than the spec says.
@@ -159,7 +141,7 @@ def build_sish(
         raise QueryError("no points to index; give at least one")
     by_id = np.argsort(ids)
     unit = _unit(vectors, by_id)
-    codebook, planes = fit_codebook(unit, cells=cells, seed=seed), fit_planes(unit, seed=seed)
+    codebook = fit_codebook(unit, cells=cells, seed=seed)
     keys = encode(unit, codebook)
     order = np.argsort(keys, kind="stable")
     unit, keys, rows = unit[order], keys[order], by_id[order]
@@ -172,9 +154,7 @@ def build_sish(
     return SishIndex(
         spec=spec,
         codebook=codebook,
-        planes=planes,
         keys=keys,
-        bits=sign_bits(unit, planes),
         vectors=unit,
         ids=ids[rows],
         columns=columns,
@@ -221,10 +201,9 @@ def search_sish(
     unit, k = unit_queries(queries, index.spec), check_k(k)
     if where is not None:
         check_filter(where, index.spec.fields)
-    words = sign_bits(unit, index.planes)
     levels, cells, dim = index.codebook.centres.shape
     tables = (unit @ index.codebook.centres.reshape(-1, dim).T).reshape(-1, levels, cells)
-    return [_search(index, *one, k, where, settings) for one in zip(unit, words, tables, strict=True)]
+    return [_search(index, *one, k, where, settings) for one in zip(unit, tables, strict=True)]
 
 
 def similar_slides(
@@ -286,7 +265,7 @@ def _bags(index: SishIndex, found: list[SishFound]) -> tuple[Bags, Ids]:
 
 
 def _search(
-    index: SishIndex, query: Floats, words: Words, tables: Floats, k: int, where: Filter | None, settings: SishSettings
+    index: SishIndex, query: Floats, tables: Floats, k: int, where: Filter | None, settings: SishSettings
 ) -> SishFound:
     seeds, worth = probes(query, index.codebook, tables, index.occupied, settings.probes)
     walked = guided_walk(
@@ -298,11 +277,7 @@ def _search(
         passes=None if where is None else _passes(index, where),
         limit=settings.budget * (1 if where is None else PATIENCE),
     )
-    places = np.sort(walked.places)  # so that what is kept of equal bits does not hang on the way of the walk
-    keep = max(k, settings.refine)
-    if len(places) > keep:
-        differ = differing_bits(words, index.bits[places])
-        places = np.sort(places[np.argsort(differ, kind="stable")[:keep]])
+    places = np.sort(walked.places)
     score = index.vectors[places] @ query
     best = np.lexsort((index.ids[places], -score))[:k]
     places = places[best]
@@ -336,7 +311,7 @@ def _unit(vectors: Vectors, rows: npt.NDArray[np.int64]) -> Floats:
 
 
 def _checked(settings: SishSettings) -> SishSettings:
-    for name in ("budget", "probes", "refine"):
+    for name in ("budget", "probes"):
         if getattr(settings, name) < 1:
             raise QueryError(f"{name} is {getattr(settings, name)}; it must be at least 1")
     return settings

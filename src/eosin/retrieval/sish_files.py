@@ -1,7 +1,7 @@
 """A `SishIndex` on disk: a folder of plain arrays, each with its checksum in `index.json`.
 
 index.json      spec, the names of the files, their checksums; "complete" only when all of them are synced
-keys.npy        and bits, ids, centres, mean, rotation
+keys.npy        and ids, centres
 vectors.npy     memory-mapped when opened
 column0.npy     payload, in the order of the spec's fields; names0.npy: the texts of a keyword field
 """
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from eosin.errors import IndexCorruptError, IndexStoreError
 from eosin.features.writer import fsync_folder
-from eosin.retrieval.codes import Planes, codebook_of, occupied_cells
+from eosin.retrieval.codes import codebook_of, occupied_cells
 from eosin.retrieval.manifest import Manifest, disk_trouble, is_index, lock_index, read_manifest, write_manifest
 from eosin.retrieval.sish import SishIndex
 
@@ -81,12 +81,9 @@ def _arrays(index: SishIndex) -> dict[str, npt.NDArray[Any]]:
     """Return what is written, by name of file."""
     arrays: dict[str, npt.NDArray[Any]] = {
         "keys": index.keys,
-        "bits": index.bits,
         "ids": index.ids,
         "vectors": index.vectors,
         "centres": index.codebook.centres,
-        "mean": index.planes.mean,
-        "rotation": index.planes.rotation,
     }
     for number, name in enumerate(index.spec.fields):
         arrays[f"column{number}"] = index.columns[name]
@@ -111,9 +108,7 @@ def _index(manifest: Manifest, arrays: dict[str, npt.NDArray[Any]]) -> SishIndex
     return SishIndex(
         spec=spec,
         codebook=codebook,
-        planes=Planes(mean=arrays["mean"], rotation=arrays["rotation"]),
         keys=keys,
-        bits=arrays["bits"],
         vectors=arrays["vectors"],
         ids=arrays["ids"],
         columns={name: arrays[f"column{number}"] for number, name in numbered},
