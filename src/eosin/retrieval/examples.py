@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import shapely
 from eosin.errors import MissingMppError, QueryError, closest
 from eosin.features.store import FeatureStore
 from eosin.geometry import LEVEL_TOLERANCE
+from eosin.retrieval.build import store_spec
 from eosin.retrieval.filters import Is
 from eosin.retrieval.inputs import unit_queries
 from eosin.retrieval.protocol import Floats, Ids, IndexSpec, VectorIndex, check_same_features
@@ -71,8 +71,11 @@ class Example:
 
 def footprint(payload: Mapping[str, npt.NDArray[Any]], row: int) -> tuple[float, float] | None:
     """Return (width, height) of a tile of the index in level-0 pixels; None when the index does not know."""
-    side = float(payload["size0_px"][row]) if "size0_px" in payload else math.nan
-    return (side, side) if side > 0 else None
+    if "size0_px" not in payload:
+        return None
+    width = float(payload["size0_px"][row])
+    height = float(payload["size0_height_px"][row]) if "size0_height_px" in payload else width
+    return (width, height) if width > 0 and height > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -167,7 +170,7 @@ def stored_tiles(store: FeatureStore, slide_id: str, spec: IndexSpec) -> SlideTi
         StoreError: no such slide.
         QueryError: quality control kept none of its tiles.
     """
-    check_same_features(spec, _store_spec(store, spec), str(store.path))
+    check_same_features(spec, store_spec(store), str(store.path))
     features = store[slide_id]
     if not features.kept.any():
         raise QueryError(f"{features.slide_id}: quality control kept none of its {len(features)} tiles in {store.path}")
@@ -179,18 +182,6 @@ def stored_tiles(store: FeatureStore, slide_id: str, spec: IndexSpec) -> SlideTi
         size0_px=features.size0_px,
         ids=np.empty(0, dtype=np.uint64),
         payload={},
-    )
-
-
-def _store_spec(store: FeatureStore, like: IndexSpec) -> IndexSpec:
-    encoder, tiles = store.recipe.encoder, store.recipe.tile
-    return IndexSpec(
-        dim=int(encoder["dim"]),
-        encoder=str(encoder["name"]),
-        weights_sha256=encoder.get("weights_hash") or None,
-        mpp=tiles.get("mpp"),
-        tile_px=tiles.get("tile_px"),
-        fields=like.fields,
     )
 
 

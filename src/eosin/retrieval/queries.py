@@ -264,12 +264,8 @@ def _notes(index: VectorIndex, result: SearchResult) -> tuple[str, ...]:
         )
         if settings.where is not None and not searched.left:
             notes += _missing_values(index, settings.where)
-    unknown = [one.name for one in result.examples if not one.about.get("patient_id")]
-    if unknown and not settings.same_patient:
-        notes.append(
-            f"The patient of {' and of '.join(unknown)} is not known: other slides of that patient were not left out. "
-            "If they are in the index, leave them out by a filter on patient_id or slide_id."
-        )
+    if not settings.same_patient:
+        notes += _patients(index, result.examples)
     alike = int((hits.score >= IDENTICAL).sum())
     if alike:
         notes.append(
@@ -277,6 +273,22 @@ def _notes(index: VectorIndex, result: SearchResult) -> tuple[str, ...]:
             "the slide under another name, or a case in the index twice?"
         )
     return tuple(notes)
+
+
+def _patients(index: VectorIndex, examples: Sequence[Example]) -> list[str]:
+    """Say where patients are not known, so that other slides of the same patient may be among the hits."""
+    unknown = [one.name for one in examples if not one.about.get("patient_id")]
+    if unknown:
+        return [
+            f"The patient of {' and of '.join(unknown)} is not known: other slides of that patient were not left out. "
+            "If they are in the index, leave them out by a filter on patient_id or slide_id."
+        ]
+    if "patient_id" in index.spec.fields and index.facet("patient_id").keys() == index.facet("slide_id").keys():
+        return [
+            "The index counts each slide as a patient: other slides of the query's patient were not left out. Name the "
+            "patients by making the index with --cohort."
+        ]
+    return []
 
 
 def _missing_values(index: VectorIndex, where: Filter) -> list[str]:

@@ -118,7 +118,7 @@ def hit_to_dict(result: SearchResult, row: int) -> dict[str, Any]:
         "score": round(score, 6),
         "distance": round(1 - score, 6),
         "rarity": None if math.isnan(rarity) else round(rarity, 6),
-        **{name: _plain(column[row]) for name, column in hits.payload.items()},
+        **{name: _plain(column[row]) for name, column in hits.payload.items() if name != "fingerprint"},
     }
     if result.matched is not None:
         facts["like"] = _like(result, int(result.matched[row]))
