@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from eosin.errors import CohortError, GeometryError, LabelError
+from eosin.finetune.aliases import slide_identity
 
 TILE_PX = 128
 TILE_MPP = 0.25
@@ -33,7 +34,7 @@ class CellTable:
         soft: float32 (n,), share of atypical votes; the label where there are none.
         dataset: (n,) name of the set.
         slide_id: (n,) slide, "" where unknown; unique within a data set only.
-        patient_id: (n,) "dataset/slide" unless the table names patients.
+        patient_id: (n,) "dataset/slide" as in `slide_keys`, or "dataset/patient" where the table names patients.
         domain: (n,) what training treats as one source of images; see `domain_name`.
         scanner: (n,) "" where unknown, as are `tumour`, `origin` and `species`.
         tumour: (n,) tumour type.
@@ -84,11 +85,12 @@ class CellTable:
         return f"CellTable({len(self)} cells, {int(self.label.sum())} atypical, {groups} groups, {domains} domains)"
 
     def group_key(self) -> Texts:
-        """Return the group of each cell, (n,): "dataset/slide", for slide names are used again in other sets.
+        """Return the group of each cell, (n,): its patient, or else its slide as `slide_keys` names it.
 
-        A cell without a slide is a group of its own; its file, or else its row, is the key.
+        What is split, resampled and counted as one; never the cell.
         """
-        return slide_keys(self.dataset, self.slide_id, self.file)
+        slides = slide_keys(self.dataset, self.slide_id, self.file)
+        return np.where(self.patient_id == "", slides, self.patient_id)
 
     def take(self, rows: npt.ArrayLike) -> CellTable:
         """Return the cells of `rows` (indices, or a mask (n,)), in that order."""
@@ -118,9 +120,15 @@ class DomainCount:
 
 
 def slide_keys(dataset: Texts, slide_id: Texts, file: Texts) -> Texts:
-    """Return "dataset/slide" of each row; rows without a slide stand alone under their file or row number."""
-    rows = zip(dataset.tolist(), slide_id.tolist(), file.tolist(), strict=True)
-    keys = [f"{where}/{slide or name or f'row {at}'}" for at, (where, slide, name) in enumerate(rows)]
+    """Return "dataset/slide" of each row, (n,).
+
+    Slide names are used again in other sets, hence the set. Sets drawn from the same numbered slides share theirs,
+    whatever each calls it (see `aliases.slide_identity`). A row without a slide stands alone, under its file or number.
+    """
+    keys = []
+    for at, (where, slide, name) in enumerate(zip(dataset.tolist(), slide_id.tolist(), file.tolist(), strict=True)):
+        collection, number = slide_identity(where, slide)
+        keys.append(f"{collection}/{number or name or f'row {at}'}")
     return np.array(keys, dtype=np.str_)
 
 
@@ -216,19 +224,28 @@ def read_tile(path: Path, *, tile_px: int = TILE_PX) -> npt.NDArray[np.uint8]:
         CohortError: the file is missing or unreadable.
         GeometryError: another size, transparency, 16 bits, or not three colours.
     """
+    pixels, mode = read_picture(path)
+    return check_tile(pixels, mode, str(path), tile_px=tile_px)
+
+
+def read_picture(path: Path) -> tuple[npt.NDArray, str]:
+    """Return the pixels of a file as stored, and what Pillow calls their kind ("RGB", "RGBA", "I;16" ...).
+
+    Raises:
+        CohortError: the file is missing or unreadable.
+    """
     try:
         raw = path.read_bytes()
         with Image.open(io.BytesIO(raw)) as picture:
-            pixels = np.asarray(picture)
-            mode = picture.mode
+            pixels, mode = np.asarray(picture), picture.mode
     except FileNotFoundError as error:
         raise CohortError(f"{path}: no such picture; check the file column and the folder it is relative to") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these at damaged files
         raise CohortError(f"{path}: cannot be read as a picture ({error}); copy it again") from error
     # Pillow reads 16-bit colour PNG as 8-bit without a word; the header's bit depth tells.
     if raw.startswith(b"\x89PNG") and raw[24] == 16:
-        raise GeometryError(f"{path}: 16 bits a channel; cell crops are 8-bit RGB, convert them on a scale you choose")
-    return check_tile(pixels, mode, str(path), tile_px=tile_px)
+        return pixels, f"16-bit {mode}"
+    return pixels, mode
 
 
 def check_tile(pixels: npt.NDArray, mode: str, where: str, *, tile_px: int = TILE_PX) -> npt.NDArray[np.uint8]:
