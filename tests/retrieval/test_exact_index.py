@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import random
 import shutil
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -404,7 +407,7 @@ FILL = """
 import resource, signal, sys
 import numpy as np
 sys.path.insert(0, sys.argv[2])
-from conftest import SPEC, cloud
+from conftest import cloud
 from eosin.errors import IndexStoreError
 from eosin.retrieval.exact import ExactIndex
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -420,7 +423,8 @@ except IndexStoreError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print("count", index.count())
-index.upsert(points.ids[:100], points.vectors[:100], points.payload and {n: c[:100] for n, c in points.payload.items()})
+few = points.take(slice(0, 100))
+index.upsert(few.ids, few.vectors, few.payload)
 print("count", index.count())
 index.close()
 """
@@ -472,13 +476,12 @@ def test_a_full_disk_during_optimise_loses_nothing(tmp_path):
 
 
 WRITER = """
-import sys, time
+import sys
 import numpy as np
-sys.path.insert(0, sys.argv[2])
-from test_exact_index import SMALL, small
 from eosin.retrieval.exact import ExactIndex
+SMALL
 index = ExactIndex.open(sys.argv[1])
-step, seed = 0, int(sys.argv[3])
+step, seed = 0, int(sys.argv[2])
 rng = np.random.default_rng(seed)
 while True:
     step += 1
@@ -496,6 +499,18 @@ while True:
         index.optimise()
         print("done", step, flush=True)
 """
+
+
+@contextmanager
+def writer(path: Path, *, optimise: int, seed: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that stores, deletes and optimises, and says what it begins and what is done."""
+    code = WRITER.replace("SMALL", inspect.getsource(small)).replace("OPTIMISE", str(optimise))
+    command = [sys.executable, "-c", code, str(path), str(seed)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def apply(model, line):
@@ -519,17 +534,13 @@ def test_killed_at_random_moments_no_acknowledged_point_is_lost(tmp_path, every)
     model: dict[int, float] = {}
     undecided = 0
     for round_ in range(10):
-        code = WRITER.replace("OPTIMISE", str(every))
-        command = [sys.executable, "-c", code, str(path), str(Path(__file__).parent), str(round_)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("begin 1 "), "the writer did not start"
-        time.sleep(rng.uniform(0, 0.25))
-        process.send_signal(signal.SIGKILL)
-        # The first line was read above: it is the seed's first draw, found again here.
-        first = "begin 1 upsert " + " ".join(map(str, np.random.default_rng(round_).choice(500, 40, replace=False)))
-        lines = [first, *process.stdout.read().splitlines()]
-        process.wait()
+        with writer(path, optimise=every, seed=round_) as process:
+            assert process.stdout is not None
+            lines = [process.stdout.readline().strip()]
+            assert lines[0].startswith("begin 1 upsert"), "the writer did not start"
+            time.sleep(rng.uniform(0, 0.25))
+            process.send_signal(signal.SIGKILL)
+            lines += process.stdout.read().splitlines()
         if not lines[-1].startswith(("begin", "done")) or lines[-1] == "begin":
             lines.pop()
         for call, done in zip(lines[::2], lines[1::2], strict=False):
@@ -557,18 +568,16 @@ def _vectors(index):
 def test_the_lock_of_a_killed_writer_is_free(tmp_path):
     path = tmp_path / "index"
     ExactIndex.create(path, SMALL).close()
-    code = WRITER.replace("OPTIMISE", "1000")
-    command = [sys.executable, "-c", code, str(path), str(Path(__file__).parent), "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("done"):
-        assert process.poll() is None
-    index = ExactIndex.open(path)
-    with pytest.raises(IndexLockedError, match="open for writing elsewhere"):
-        index.upsert(*small([1]))
-    assert index.count() >= 40
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with writer(path, optimise=1000, seed=0) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("done"):
+            assert process.poll() is None
+        index = ExactIndex.open(path)
+        with pytest.raises(IndexLockedError, match="open for writing elsewhere"):
+            index.upsert(*small([1]))
+        assert index.count() >= 40
+        process.send_signal(signal.SIGKILL)
+        process.stdout.read()
     index.upsert(*small([1000]))
     assert len(index.retrieve(np.array([1000], np.uint64))) == 1
     index.close()

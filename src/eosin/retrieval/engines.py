@@ -11,7 +11,7 @@ from typing import Literal
 
 from eosin.errors import IndexCorruptError, IndexMismatchError, IndexStoreError, closest
 from eosin.retrieval.exact import ExactIndex
-from eosin.retrieval.manifest import is_index, read_manifest
+from eosin.retrieval.manifest import check_build, is_index, read_manifest
 from eosin.retrieval.protocol import IndexSpec, VectorIndex, check_same_features
 
 Engine = Literal["auto", "exact", "edge", "server"]
@@ -39,13 +39,16 @@ def index_exists(path_or_url: str | Path, *, api_key: str | None = None) -> bool
     return is_index(Path(path_or_url))
 
 
-def open_index(path_or_url: str | Path, *, engine: Engine = "auto", api_key: str | None = None) -> VectorIndex:
+def open_index(
+    path_or_url: str | Path, *, engine: Engine = "auto", api_key: str | None = None, partial: bool = False
+) -> VectorIndex:
     """Open an index.
 
     Args:
         path_or_url: folder, or address of a server and its collection.
         engine: that must have made it; any when "auto".
         api_key: of a server.
+        partial: open a folder that `build_index` has not finished; what it answers then lacks slides.
 
     Raises:
         IndexStoreError: no index there, a newer format, or another engine's.
@@ -67,6 +70,8 @@ def open_index(path_or_url: str | Path, *, engine: Engine = "auto", api_key: str
         raise IndexCorruptError(
             f"{path} is half an index: making it was interrupted before a point was stored; make it again"
         )
+    if not partial:
+        check_build(path)
     if manifest.engine == "exact":
         return ExactIndex.open(path)
     if manifest.engine == "edge":
@@ -107,7 +112,7 @@ def create_index(
     if index_exists(path_or_url, api_key=api_key) and (
         is_url(path_or_url) or read_manifest(Path(path_or_url)).complete
     ):
-        index = open_index(path_or_url, engine=engine, api_key=api_key)
+        index = open_index(path_or_url, engine=engine, api_key=api_key, partial=True)
         try:
             check_same_spec(index.spec, spec, str(path_or_url))
         except IndexMismatchError:

@@ -163,12 +163,13 @@ def parse_filter(text: str, fields: Mapping[str, FieldType]) -> Filter:
     name, rest = text[:at].strip(), text[at + len(sign) :].strip()
     kind = field_type(name, fields)
     if sign in ("=", "!="):
-        words = next(csv.reader([rest], skipinitialspace=True), [""])
+        words = next(csv.reader([rest], skipinitialspace=True), []) or [""]
         same = _same(name, kind, [_value(name, kind, word.strip()) for word in words])
-        return Not(same) if sign == "!=" else same
-    if kind not in ("integer", "float"):
+        parsed = Not(same) if sign == "!=" else same
+    elif kind in ("integer", "float"):
+        parsed = _ordered(name, sign, float(_value(name, "float", rest)), kind)
+    else:
         raise QueryError(f"field {name!r} holds {kind} values, which have no order: use = or !=, not {sign}")
-    parsed = _ordered(name, sign, float(_value(name, "float", rest)), kind)
     check_filter(parsed, fields)
     return parsed
 

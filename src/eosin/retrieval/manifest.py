@@ -17,6 +17,7 @@ from eosin.retrieval.protocol import IndexSpec
 FORMAT = "eosin-index"
 FORMAT_VERSION = 1
 NAME = "index.json"
+BUILD = "build.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,15 +83,35 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "spec": manifest.spec.to_dict(),
         "state": dict(manifest.state),
     }
-    temporary = path / f".{NAME}.tmp"
+    _write_json(path / NAME, data)
+
+
+def start_build(path: Path, about: Mapping[str, Any]) -> None:
+    """Note that an index is being filled: until `finish_build`, `open_index` says that it is not whole."""
+    _write_json(path / BUILD, {"finished": False, **about})
+
+
+def finish_build(path: Path, about: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
+    """Note that every slide has been dealt with, and what came of it."""
+    _write_json(path / BUILD, {"finished": True, **about, **outcome})
+
+
+def check_build(path: Path) -> None:
+    """Raise if an index is being filled, or filling it was interrupted.
+
+    Raises:
+        IndexCorruptError: it is not whole; the message says what to do.
+    """
+    file = path / BUILD
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        replace_durably(temporary, path / NAME)
-        fsync_folder(path.absolute().parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_trouble(error, path) from error
+        finished = not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["finished"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise IndexCorruptError(f"{file} cannot be used ({error!r}); run the same eosin index command again") from error
+    if not finished:
+        raise IndexCorruptError(
+            f"{path} holds only some of its slides: eosin index is still running or was interrupted. Run the same "
+            "command again, it goes on where it stopped; or open the index with partial=True"
+        )
 
 
 def lock_index(path: Path) -> BaseFileLock:
@@ -118,3 +139,15 @@ def disk_trouble(error: OSError, path: Path) -> IndexStoreError:
         where = str(known).split("; nothing")[0]
         return IndexStoreError(f"{where}; every point stored before is kept: make room, then run the same again")
     return IndexStoreError(f"{path} cannot be written: {error}; every point stored before is kept")
+
+
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_durably(temporary, file)
+        fsync_folder(file.absolute().parent.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_trouble(error, file.parent) from error
