@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,7 @@ def index(
 def search(
     index: Annotated[str, typer.Argument(help="Folder of an index, or http://HOST:PORT/COLLECTION.")],
     query: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--query",
             "-q",
@@ -85,7 +86,7 @@ def search(
             "several are looked for together.",
             metavar="TILE|REGION|SLIDE|GEOJSON|IMAGE",
         ),
-    ],
+    ] = None,
     against: Annotated[list[str] | None, typer.Option("--against", help="What hits should be unlike.")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Hits wanted.")] = 10,
     filter: Annotated[
@@ -117,14 +118,25 @@ def search(
         str | None, typer.Option("--encoder", "-e", help="What reads image files; the index's own when left out.")
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every tile.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Instead of a query: measure what the index finds, against chance.")
+    ] = False,
+    site: Annotated[
+        str, typer.Option("--site", help="Field of the site or scanner, for --evaluate.", metavar="FIELD")
+    ] = "site",
     api_key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Find the tiles, or the cases, most like a tile, a region, an annotation, a slide or an image."""
+    if evaluate == bool(query):
+        raise typer.BadParameter("give what to look for, or --evaluate", param_hint="--query")
+    if evaluate:
+        _evaluate(index, site, out, exact=exact, api_key=api_key, as_json=as_json)
+        return
     from eosin.tasks.search import Question, answer
 
     question = Question(
-        queries=tuple(query),
+        queries=tuple(query or ()),
         against=tuple(against or ()),
         filters=tuple(filter or ()),
         slide=slide,
@@ -158,6 +170,23 @@ def search(
         print_table(columns, rows)
     for what, path in made.items():
         sys.stdout.write(f"{path}  ({what})\n")
+
+
+def _evaluate(index: str, site: str, out: Path | None, *, exact: bool, api_key: str | None, as_json: bool) -> None:
+    """Measure an index, write its page, and print the shares of neighbours that agree with their tile."""
+    from eosin.retrieval.engines import open_index
+    from eosin.tasks.evaluate_search import EvaluationSettings, evaluate_search
+
+    if out is None:
+        raise typer.BadParameter("an evaluation writes a page: give a folder", param_hint="--out")
+    with contextlib.closing(open_index(index, api_key=api_key)) as opened:
+        report = evaluate_search(opened, EvaluationSettings(site=site, exact=exact), out=out)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    for remark in report.remarks:
+        sys.stderr.write(f"{remark.severity}: {remark.message}\n")
+    sys.stdout.write(f"Open {out / 'report.html'} in a browser.\n")
 
 
 def _hit_table(record: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
