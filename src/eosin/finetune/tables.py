@@ -327,7 +327,7 @@ def _positions(columns: Mapping[str, Texts], cells: pd.DataFrame, where: str) ->
         wrong = np.isnan(values) & (column != "")
         if wrong.any():
             raise CohortError(
-                f"{where}, {row_phrase(cells.index[wrong])}: {axis} {column[wrong][0]!r} is not a number of pixels"
+                f"{where}, {row_phrase(cells.index[wrong])}: {axis} {str(column[wrong][0])!r} is not a number of pixels"
             )
         xy[:, at] = values
     return xy
@@ -353,7 +353,7 @@ def _first_of_each(
             first[at] &= other == at
             if label[other] != label[at]:
                 raise LabelError(
-                    f"{where}, {row_phrase(cells.index[[other, at]])}: the same {what} ({' '.join(keys[at] or ())}) "
+                    f"{where}, {row_phrase(cells.index[[other, at]])}: the same {what} ({' '.join(filter(None, keys[at] or ()))}) "
                     "with different labels; keep one row a cell"
                 )
     again = cells.index[~first]

@@ -76,7 +76,7 @@ def read_votes(cells: pd.DataFrame, column: Texts | None, experts: Mapping[str, 
     odd = [at for at, text in enumerate(column.tolist()) if text and (len(text) != length or set(text) - set("01"))]
     if odd:
         raise LabelError(
-            f"{where}, {row_phrase(cells.index[odd])}: votes {column[odd[0]]!r}; one digit a reader is needed, "
+            f"{where}, {row_phrase(cells.index[odd])}: votes {str(column[odd[0]])!r}; one digit a reader is needed, "
             f"1 for atypical and 0 for normal, {length} in every row (a table opened in a spreadsheet loses zeros)"
         )
     digits = [[int(digit) for digit in text] if text else [-1] * length for text in column.tolist()]
@@ -90,7 +90,7 @@ def _calls(texts: Texts, name: str, cells: pd.DataFrame, where: str, *, numbers:
     wrong = [at for at, code in enumerate(codes) if code is None]
     if wrong:
         raise LabelError(
-            f"{where}, {row_phrase(cells.index[wrong])}: {name} is {texts[wrong[0]]!r}; write atypical or normal, "
+            f"{where}, {row_phrase(cells.index[wrong])}: {name} is {str(texts[wrong[0]])!r}; write atypical or normal, "
             "AMF or NMF, or leave it empty where the reader did not vote"
         )
     return np.array(codes, dtype=np.int8)
