@@ -29,6 +29,7 @@ class Wire:
         client: what answers.
         requests: (method, path) of every request so far.
         fields: payload indexes asked for: (collection, field) -> schema.
+        params: search parameters of every query so far.
         left: requests it still answers before it goes down; None for ever.
         key: API key it wants; None for none.
         statuses: collection statuses to report, one a request, before the true one.
@@ -39,6 +40,7 @@ class Wire:
         self.client = QdrantClient(":memory:", force_disable_check_same_thread=True)
         self.requests: list[tuple[str, str]] = []
         self.fields: dict[tuple[str, str], Any] = {}
+        self.params: list[models.SearchParams | None] = []
         self.left: int | None = None
         self.key: str | None = None
         self.statuses: list[str] = []
@@ -106,6 +108,10 @@ class Wire:
                 return {"exists": client.collection_exists(name)}
             case "PUT", "":
                 asked = models.CreateCollection.model_validate(body)
+                assert asked.vectors.distance == models.Distance.COSINE
+                # The in-memory engine divides its vectors by their length once more at every search by cosine, in
+                # place. Eosin's have length 1 when they come, so their product is the cosine.
+                asked.vectors.distance = models.Distance.DOT
                 return client.create_collection(name, asked.vectors, metadata=asked.metadata)
             case "GET", "":
                 found = client.get_collection(name)
@@ -150,6 +156,9 @@ class Wire:
                 return {"points": points, "next_page_offset": following}
             case "POST", "/points/query/batch":
                 asked = models.QueryRequestBatch.model_validate(body)
+                for one in asked.searches:
+                    self.params.append(one.params)
+                    one.params = None  # the in-memory engine has none and warns
                 return client.query_batch_points(name, asked.searches)
             case "POST", "/facet":
                 asked = models.FacetRequest.model_validate(body)

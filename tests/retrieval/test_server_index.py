@@ -26,7 +26,7 @@ from eosin.retrieval import server
 from eosin.retrieval.edge import EdgeIndex
 from eosin.retrieval.engines import create_index, index_exists, open_index
 from eosin.retrieval.exact import ExactIndex
-from eosin.retrieval.filters import mask
+from eosin.retrieval.filters import Is, mask
 from eosin.retrieval.qdrant import filter_json, payload_rows
 from eosin.retrieval.server import ServerIndex, copy_index
 
@@ -68,6 +68,21 @@ def test_fields_that_the_server_does_not_index_yet_are_indexed_when_opened(wire,
     assert {key for _, key in wire.fields} == set(SPEC.fields)
 
 
+def test_how_a_search_is_asked_for(wire, url, points):
+    index = ServerIndex.create(url, replace(SPEC, quantise="binary"))
+    points.take(slice(0, 50)).store(index)
+    index.search(points.vectors[:1])
+    index.search(points.vectors[:1], where=Is("site", ("A",)), exact=True)
+    index.search(points.vectors[:1], k=400)
+    plain, filtered, many = wire.params
+    assert (plain.hnsw_ef, plain.exact, plain.acorn.enable) == (128, False, False)
+    assert (plain.quantization.ignore, plain.quantization.rescore) == (False, True)
+    assert plain.quantization.oversampling > 1
+    assert (filtered.exact, filtered.quantization.ignore, filtered.acorn.enable) == (True, True, True)
+    assert many.hnsw_ef == 600
+    index.close()
+
+
 # The server goes away.
 
 
@@ -96,15 +111,21 @@ def test_down_in_the_middle_the_acknowledged_is_kept_and_the_rest_comes_later(wi
 def test_down_while_copying_the_copy_goes_on_later(wire, url, points, tmp_path):
     index = ServerIndex.create(url, SPEC)
     points.store(index)
+    half = ExactIndex.create(tmp_path / "half", SPEC)
     wire.left = 3
     with pytest.raises(IndexUnreachableError):
+        copy_index(index, half, batch=100)
+    assert half.count() == 300
+    with pytest.raises(IndexUnreachableError):
         index.snapshot(tmp_path / "copy")
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["half"]
     wire.left = None
+    copy_index(index, half)
     copy = open_index(index.snapshot(tmp_path / "copy"))
     same(copy, index)
-    copy.close()
-    index.close()
+    same(half, index)
+    for one in (half, copy, index):
+        one.close()
 
 
 def test_nobody_listens(wire, url):

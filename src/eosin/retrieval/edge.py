@@ -522,8 +522,8 @@ def _bytes(folder: Path) -> int:
 
 def _copy_sparse(source: str, target: str) -> None:
     """Copy a file, leave holes where it holds zeros, and bring it to the disk."""
-    step = 2**16
-    with open(source, "rb") as before, open(target, "wb") as after:
+    step = 2**12
+    with open(source, "rb", 2**20) as before, open(target, "wb", 2**20) as after:
         while block := before.read(step):
             if block.count(0) == len(block):
                 after.seek(len(block), os.SEEK_CUR)

@@ -138,7 +138,8 @@ def payload_columns(rows: Sequence[Row], fields: Mapping[str, FieldType]) -> dic
         try:
             if kind == "float":
                 column = np.array([row.payload.get(name, math.nan) for row in rows], np.float64)
-                column[np.abs(column) >= BIGGEST] *= 2  # infinite again
+                huge = np.abs(column) >= BIGGEST
+                column[huge] = np.copysign(np.inf, column[huge])
             else:
                 column = np.empty(len(rows), {"keyword": object, "integer": np.int64, "bool": np.bool_}[kind])
                 column[:] = [row.payload[name] for row in rows]

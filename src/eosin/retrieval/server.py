@@ -8,6 +8,7 @@ copies of them are the server's own settings. Any number of processes may read a
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -175,7 +176,8 @@ class ServerIndex(QdrantIndex):
             "points": points,
             "dim": self.spec.dim,
             "quantise": self.spec.quantise,
-            "bytes_on_disk": None,  # the server does not say
+            "bytes_on_disk": 4 * self.spec.dim * points,
+            "bytes_on_disk_are": "of the vectors alone; the server does not say more",
             "optimised": indexed,
             "compared_one_by_one": points - indexed,
             "segments": found.segments_count,
@@ -378,6 +380,8 @@ def _answers(url: str, doing: str) -> Iterator[None]:
                 "mend the connection, then run the same again: what it has acknowledged is kept"
             ) from error
         raise IndexStoreError(f"{url}: the answer is not a Qdrant server's; asked to {doing}: {source}") from error
+    except json.JSONDecodeError as error:
+        raise IndexStoreError(f"{url}: the answer is not a Qdrant server's; asked to {doing}: {error}") from error
     except ResourceExhaustedResponse as error:
         raise IndexUnreachableError(
             f"{url} has too much to do ({error}); asked to {doing}. Run the same again in {error.retry_after_s} s"
