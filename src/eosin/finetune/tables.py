@@ -352,9 +352,10 @@ def _first_of_each(
             other = at if key is None else seen.setdefault(key, at)
             first[at] &= other == at
             if label[other] != label[at]:
+                shown = " ".join(part for part in keys[at] or () if part)
                 raise LabelError(
-                    f"{where}, {row_phrase(cells.index[[other, at]])}: the same {what} ({' '.join(filter(None, keys[at] or ()))}) "
-                    "with different labels; keep one row a cell"
+                    f"{where}, {row_phrase(cells.index[[other, at]])}: the same {what} ({shown}) with different "
+                    "labels; keep one row a cell"
                 )
     again = cells.index[~first]
     return first, [f"{row_phrase(again)} repeat an earlier cell and were left out"] if len(again) else []
