@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from eosin.retrieval.filters import All, Any_, Between, Filter, Is, Not, describe, mask, parse_filter
-from eosin.retrieval.protocol import Hits, IndexSpec, Payload, VectorIndex, check_same_features, tile_ids
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eosin.retrieval.build import build_index, store_spec
+    from eosin.retrieval.engines import create_index, open_index
+    from eosin.retrieval.filters import All, Any_, Between, Filter, Is, Not, describe, mask, parse_filter
+    from eosin.retrieval.protocol import Hits, IndexSpec, Payload, VectorIndex, check_same_features, tile_ids
+
+_LAZY = {
+    "build": ("build_index", "store_spec"),
+    "engines": ("create_index", "open_index"),
+    "filters": ("All", "Any_", "Between", "Filter", "Is", "Not", "describe", "mask", "parse_filter"),
+    "protocol": ("Hits", "IndexSpec", "Payload", "VectorIndex", "check_same_features", "tile_ids"),
+}
 
 __all__ = [
     "All",
@@ -16,9 +29,20 @@ __all__ = [
     "Not",
     "Payload",
     "VectorIndex",
+    "build_index",
     "check_same_features",
+    "create_index",
     "describe",
     "mask",
+    "open_index",
     "parse_filter",
+    "store_spec",
     "tile_ids",
 ]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _LAZY.items():
+        if name in names:
+            return getattr(importlib.import_module(f"eosin.retrieval.{module}"), name)
+    raise AttributeError(f"module 'eosin.retrieval' has no attribute {name!r}")

@@ -234,19 +234,19 @@ def _store_slides(
 def _store_slide(index: VectorIndex, store: FeatureStore, slide_id: str, known: About) -> int | None:
     """Store a slide's kept tiles and return how many, or None if they are in the index just as they are."""
     table = store.tiles(slide_id)
-    keep = np.flatnonzero(table.kept)
+    keep, here = np.flatnonzero(table.kept), Is("slide_id", (slide_id,))
+    if not len(keep):
+        index.delete(here)
+        return 0
     columns = _payload(table, keep, index.spec.fields) | known.columns(slide_id, table.xy[keep])
     mark = _fingerprint(store, table, columns)
-    here = Is("slide_id", (slide_id,))
     if index.facet("fingerprint", here) == {mark: len(keep)}:
         return None
-    if len(keep):
-        columns["fingerprint"] = np.full(len(keep), mark, object)
-        ids = tile_ids(slide_id, table.xy[keep], index.spec)
-        try:
-            index.upsert(ids, store[slide_id].x[keep], columns)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{slide_id}: {error}") from error
+    columns["fingerprint"] = np.full(len(keep), mark, object)
+    try:
+        index.upsert(tile_ids(slide_id, table.xy[keep], index.spec), store[slide_id].x[keep], columns)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{slide_id}: {error}") from error
     index.delete(All((here, Not(Is("fingerprint", (mark,))))))
     return len(keep)
 

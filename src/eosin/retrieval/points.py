@@ -143,17 +143,16 @@ class Points:
 
     def column(self, name: str) -> Array:
         """Return a field of every row (n,), contiguous; keywords as numbers (`words`)."""
-        found = self._columns.get(name)
+        found = self._columns.get(f"field {name}")
         if found is None or len(found) != len(self.rows):
-            found = np.ascontiguousarray(self.rows[self._at(name)])
-            self._columns[name] = found
+            found = self._columns[f"field {name}"] = np.ascontiguousarray(self.rows[self._at(name)])
         return found
 
     def lengths(self) -> npt.NDArray[np.float64]:
         """Return the length of every vector (n,)."""
-        found = self._columns.get("")
+        found = self._columns.get("lengths")
         if found is None or len(found) != len(self.rows):
-            found = self._columns[""] = np.ascontiguousarray(self.rows["length"])
+            found = self._columns["lengths"] = np.ascontiguousarray(self.rows["length"])
         return found
 
     def payload(self, rows: Rows) -> dict[str, Array]:
@@ -163,8 +162,7 @@ class Points:
         for name, kind in self.spec.fields.items():
             values = records[self._at(name)]
             if kind == "keyword":
-                words = np.array([*self.words.get(name, {}), ""], object)
-                values = words[values]
+                values = self._texts(name)[values]
             found[name] = np.ascontiguousarray(values)
         return found
 
@@ -337,6 +335,14 @@ class Points:
         last = self.last
         row = self.spec.dim * np.dtype(last.dtype).itemsize
         return last.rows * row, last.rows * self._record().itemsize, 8 * last.dead
+
+    def _texts(self, name: str) -> Array:
+        """Return the words of a field by their numbers."""
+        known = self.words.get(name, {})
+        found = self._columns.get(f"words of {name}")
+        if found is None or len(found) != len(known):
+            found = self._columns[f"words of {name}"] = np.array([*known, None], object)[:-1]
+        return found
 
     def _add_words(self, words: Mapping[str, list[str]]) -> None:
         for name, fresh in words.items():
