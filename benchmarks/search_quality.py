@@ -32,6 +32,7 @@ import pandas as pd
 from end_to_end import commit, machine
 from eosin.cohort import read_cohort
 from eosin.evaluation.bootstrap import paired_difference
+from eosin.evaluation.comparisons import holm
 from eosin.evaluation.report import plain
 from eosin.retrieval import measures
 from eosin.retrieval.engines import create_index
@@ -55,6 +56,7 @@ RANDOM = "random:dinov2-vits14"
 AMF = EvaluationSettings(label="label", site="scanner", organ=None, aggregators=(), queries=None)
 BAGS = EvaluationSettings(label="label", site=None, organ=None, queries=None)
 FIELDS = {"slide_id": "keyword", "patient_id": "keyword", "label": "keyword", "x": "integer", "y": "integer"}
+SHOWN = ("acc@1", "acc@5", "mmv@5", "mmv_balanced@5", "map@5", "ndcg@5")
 LEFT_OUT = {"itself": "only itself", "patient": "slide", "site": "slide, scanner"}
 
 
@@ -170,27 +172,28 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
                 cell = near.get(name)
                 row.append("–" if cell is None else f"{with_interval(cell['share'])}; {number(cell['chance'])}")
             shares.append(row)
-            values = part["measures"]
-            skill.append([one["name"], LEFT_OUT[exclusion], *(_beside(values[name]) for name in SHOWN)])
-    compared = [
-        [one["encoder"], _words(one["metric"]), with_interval(one), p_value(one["p"])]
-        for one in result["tiles"]["differences"]
-    ]
+        values = one["tiles"]["patient"]["measures"]
+        skill.append([one["name"], *(_beside(values[name]) for name in SHOWN)])
+    compared = []
+    for metric in dict.fromkeys(one["metric"] for one in result["tiles"]["differences"]):
+        rows = [one for one in result["tiles"]["differences"] if one["metric"] == metric]
+        adjusted = holm([one["p"] for one in rows])
+        compared += [
+            [_words(metric), one["encoder"], with_interval(one), p_value(float(p))]
+            for one, p in zip(rows, adjusted, strict=True)
+        ]
+    cases = {name: part["measures"] for name, part in result["cases"]["cases"].items()}
+    first = next(iter(cases.values()))
     ranked = [
-        [name, *(_beside(part["measures"][which]) for which in ("acc@1", "acc@3", "acc@5", *SHOWN[1:]))]
-        for name, part in result["cases"]["cases"].items()
+        [metric_name(name), *(with_interval(one[name]) for one in cases.values()), number(first[name]["chance"])]
+        for name in first
     ]
-    words = [metric_name(name) for name in SHOWN]
-    more = [metric_name(name) for name in ("acc@1", "acc@3", "acc@5", *SHOWN[1:])]
     return {
         "shares": _lines(["encoder", "left out", "same label", "same scanner", "same slide"], shares),
-        "measures": _lines(["encoder", "left out", *words], skill),
-        "differences": _lines(["encoder less texture", "measure", "difference", "p"], compared),
-        "cases": _lines(["aggregator", *more], ranked),
+        "measures": _lines(["encoder", *(metric_name(name) for name in SHOWN)], skill),
+        "differences": _lines(["measure", "encoder less texture", "difference", "p, Holm"], compared),
+        "cases": _lines(["measure", *cases, "chance"], ranked),
     }
-
-
-SHOWN = ("acc@1", "mmv@5", "mmv_balanced@5", "map@5", "ndcg@5", "macro_f1@5")
 
 
 def _beside(one: dict[str, Any]) -> str:
