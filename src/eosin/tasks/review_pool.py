@@ -11,19 +11,25 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import shapely
+from PIL import Image
 
 from eosin.cohort import Cohort, read_cohort
-from eosin.errors import QueryError, SlideError, closest
+from eosin.errors import CohortError, EosinError, QueryError, closest
 from eosin.features.store import FeatureStore, stem
+from eosin.retrieval.build import open_one_store, store_spec
+from eosin.retrieval.engines import open_index
+from eosin.retrieval.manifest import is_index
 from eosin.retrieval.protocol import IndexSpec, VectorIndex, tile_ids
-from eosin.slides import Slide, open_slide
-from eosin.tasks.samples import Samples, read_image
+from eosin.slides import Slide
+from eosin.tasks.samples import ARRAYS, Samples, read_image, read_samples
+from eosin.tasks.search_pictures import Picture, SlideFile, open_again, tile_picture
+from eosin.tasks.search_slides import slide_files
 from eosin.tiles.geojson import read_geojson
 
 Array = npt.NDArray[Any]
 Texts = npt.NDArray[np.str_]
-Pixels = npt.NDArray[np.uint8]
-Picture = Callable[[int], Pixels | None]
+Pictures = Callable[[int], Picture]
+"""Reads the tile of a row of the pool again."""
 
 BARRED = ("test", "external")
 """Splits whose tiles are never shown and never labelled, in lower case."""
@@ -43,7 +49,7 @@ class Pool:
         xy: int64 (n, 2) level-0 top-left corners; zeros for images.
         size0_px: (n, 2) width and height of each tile in level-0 pixels; NaN where they are not known.
         split: (n,) of the cohort; empty where there is none.
-        about: what made the features: encoder, weights_sha256, mpp, tile_px, dim.
+        about: what made the features: encoder, weights_sha256, mpp, tile_px, dim, vectors ("as stored" or "unit").
         pictures: image file of each tile, None for tiles of slides.
     """
 
@@ -73,6 +79,37 @@ class Pool:
         return f"{self.slide_id[row]} ({self.xy[row, 0]}, {self.xy[row, 1]})"
 
 
+def open_pool(features: Path, cohort: Path | None, *, encoder: str | None = None, cache: Path | None = None) -> Pool:
+    """Return the tiles of a search index, a feature store, a folder of images or an array.
+
+    Args:
+        features: where they are.
+        cohort: table of patients and splits; needed for images and arrays.
+        encoder: what reads images; or which of several stores.
+        cache: folder that keeps features of images.
+
+    Raises:
+        CohortError: images or an array without a table.
+        EosinError: what cannot be read; see the reader of each.
+    """
+    table = None if cohort is None else read_cohort(cohort)
+    if is_index(features):
+        index = open_index(features)
+        try:
+            return pool_from_index(index, table)
+        finally:
+            index.close()
+    if features.suffix in ARRAYS or not (
+        list(features.glob("manifest.json")) or list(features.glob("*/manifest.json"))
+    ):
+        if table is None:
+            raise CohortError(
+                f"{features} is no feature store or index; for images or an array give --cohort TABLE too"
+            )
+        return pool_from_samples(read_samples(features, table, encoder=encoder, cache=cache))
+    return pool_from_store(open_one_store(features, encoder), table)
+
+
 def pool_from_store(store: FeatureStore, cohort: Cohort | None = None) -> Pool:
     """Return the kept tiles of all slides of a feature store.
 
@@ -83,7 +120,7 @@ def pool_from_store(store: FeatureStore, cohort: Cohort | None = None) -> Pool:
     Raises:
         QueryError: no kept tile, or slides that the cohort does not name.
     """
-    spec = _store_spec(store)
+    spec = store_spec(store)
     who = _slide_columns(cohort, store.slide_ids)
     parts = []
     for slide_id in store:
@@ -116,7 +153,9 @@ def pool_from_index(index: VectorIndex, cohort: Cohort | None = None) -> Pool:
             "slide_id": hits.payload["slide_id"].astype(np.str_),
             "patient_id": hits.payload["patient_id"].astype(np.str_),
             "xy": np.stack([hits.payload["x"], hits.payload["y"]], axis=1).astype(np.int64),
-            "size0_px": np.repeat(hits.payload["size0_px"].astype(np.float64)[:, None], 2, axis=1),
+            "size0_px": np.stack([hits.payload["size0_px"], hits.payload["size0_height_px"]], axis=1).astype(
+                np.float64
+            ),
         }
         for hits in index.scroll()
     ]
@@ -128,7 +167,7 @@ def pool_from_index(index: VectorIndex, cohort: Cohort | None = None) -> Pool:
     columns["split"] = np.array([who[name][1] for name in names.tolist()], np.str_)[codes]
     if cohort is not None:
         columns["patient_id"] = np.array([who[name][0] for name in names.tolist()], np.str_)[codes]
-    return Pool(**columns, about=_about(index.spec))
+    return Pool(**columns, about=_about(index.spec, "unit"))
 
 
 def pool_from_samples(samples: Samples) -> Pool:
@@ -187,66 +226,73 @@ def read_seeds(source: Path, pool: Pool) -> dict[int, str]:
     return found
 
 
-def tile_pictures(pool: Pool, slides: Path | None, *, most_open: int = 4) -> Picture:
-    """Return a function that reads a tile's pixels; it returns None where there is nothing to read.
+def read_all_seeds(sources: Sequence[Path], pool: Pool) -> dict[int, str]:
+    """Return row -> class of several files; see `read_seeds`.
+
+    Raises:
+        QueryError: no file, or a tile that two files class differently.
+    """
+    if not sources:
+        raise QueryError(
+            "a review begins from seeds, a few tiles of what is looked for: give --seeds <slide>.geojson (areas drawn "
+            "in QuPath) or a table of slide_id, x, y and label"
+        )
+    found: dict[int, str] = {}
+    for source in sources:
+        for row, label in read_seeds(source, pool).items():
+            if found.setdefault(row, label) != label:
+                raise QueryError(f"{source}: {pool.name(row)} is {label!r} here and {found[row]!r} in another file")
+    return found
+
+
+def tile_pictures(pool: Pool, features: Path, slides: Sequence[Path], *, most_open: int = 4) -> Pictures:
+    """Return a function that reads the tile of a row again; where that cannot be, its `why` says so.
 
     Args:
         pool: the tiles.
-        slides: folder that slide ids are relative to; not needed for images.
+        features: what the pool was read from; an index remembers where its slides lay.
+        slides: slides, folders or tables that say where they lie now; not needed for images.
         most_open: slides held open at once.
     """
     if pool.pictures is not None:
         files = pool.pictures
-        return lambda row: _image(files[row])
-    tile_px, mpp = pool.about["tile_px"], pool.about["mpp"]
-    if slides is None or not (tile_px and mpp):
-        return lambda row: None
-    held: dict[str, Slide | None] = {}
+        return lambda row: Picture(tile=_image(files[row]))
+    known, held = slide_files(str(features), slides), dict[str, Slide]()
 
-    def read(row: int) -> Pixels | None:
-        slide_id = str(pool.slide_id[row])
-        if slide_id not in held:
-            if len(held) >= most_open:
-                oldest = held.pop(next(iter(held)))
-                if oldest is not None:
-                    oldest.close()
-            held[slide_id] = _slide(slides / slide_id)
-        slide = held[slide_id]
-        return None if slide is None else slide.read(tuple(pool.xy[row].tolist()), int(tile_px), mpp=float(mpp))
+    def read(row: int) -> Picture:
+        slide_id, (width, height) = str(pool.slide_id[row]), pool.size0_px[row].tolist()
+        if not width > 0:
+            return Picture(why="how large this tile is on its slide is not known")
+        try:
+            if slide_id not in held:
+                if len(held) >= most_open:
+                    held.pop(next(iter(held))).close()
+                held[slide_id] = open_again(slide_id, _placed(slide_id, known), (width, height))
+            x, y = pool.xy[row].tolist()
+            return tile_picture(held[slide_id], (x, y), (width, height))
+        except EosinError as error:
+            return Picture(why=str(error))
 
     return read
 
 
-def _slide(path: Path) -> Slide | None:
-    """Return the open slide; None where it cannot be opened, as after a move: it is then shown by name only."""
-    try:
-        return open_slide(path)
-    except SlideError:
-        return None
+def _placed(slide_id: str, known: Mapping[str, SlideFile]) -> SlideFile | None:
+    """Return where a slide lies, by its whole id or else by a file name that no other slide has."""
+    if slide_id in known:
+        return known[slide_id]
+    named = [file for name, file in known.items() if stem(name) == stem(slide_id)]
+    return named[0] if len(named) == 1 else None
 
 
-def _image(path: Path) -> Pixels:
-    from PIL import Image
-
+def _image(path: Path) -> npt.NDArray[np.uint8]:
     with Image.open(path) as image:
         side = image.size[0]
     return read_image(path, side_px=side, target_px=None)
 
 
-def _store_spec(store: FeatureStore) -> IndexSpec:
-    encoder, tiles = store.recipe.encoder, store.recipe.tile
-    return IndexSpec(
-        dim=int(encoder["dim"]),
-        encoder=str(encoder["name"]),
-        weights_sha256=encoder.get("weights_hash") or None,
-        mpp=tiles.get("mpp"),
-        tile_px=tiles.get("tile_px"),
-        fields={},
-    )
-
-
-def _about(spec: IndexSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in ("encoder", "weights_sha256", "mpp", "tile_px", "dim")}
+def _about(spec: IndexSpec, vectors: str = "as stored") -> dict[str, Any]:
+    known = {name: getattr(spec, name) for name in ("encoder", "weights_sha256", "mpp", "tile_px", "dim")}
+    return {**known, "vectors": vectors}
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
