@@ -37,7 +37,13 @@ DIM = 16
 
 def make_recipe(**changes):
     parts = {
-        "encoder": {"name": "tiny", "dim": DIM, "weights_hash": "ab" * 32, **changes.pop("encoder", {})},
+        "encoder": {
+            "name": "tiny",
+            "dim": DIM,
+            "weights_hash": "ab" * 32,
+            "pooling": "cls",
+            **changes.pop("encoder", {}),
+        },
         "tile": {"tile_px": 224, "mpp": 0.5, "overlap_px": 0, **changes.pop("tile", {})},
     }
     rest = {
@@ -325,6 +331,10 @@ def test_auto_takes_the_graph_when_there_are_many(store, tmp_path, monkeypatch):
         ({"encoder": {"dim": 8}}, "dim: what is to be stored has 8, the index 16"),
         ({"tile": {"mpp": 0.25}}, r"mpp: what is to be stored has 0\.25, the index 0\.5"),
         ({"tile": {"tile_px": 256}}, "tile_px: what is to be stored has 256, the index 224"),
+        ({"tile": {"filter": "box"}}, "filter: what is to be stored has box, the index None"),
+        ({"encoder": {"pooling": "mean"}}, "pooling: what is to be stored has mean, the index cls"),
+        ({"stain": {"method": "macenko"}}, r"stain: what is to be stored has {'method': 'macenko'}, the index None"),
+        ({"icc": True}, "icc: what is to be stored has True, the index False"),
     ],
 )
 def test_other_features_are_not_mixed_in(store, tmp_path, change, words):

@@ -127,8 +127,18 @@ def test_features_that_may_not_be_mixed(name, value, words):
     check_same_features(SPEC, dataclasses.replace(SPEC, quantise="int8", fields={}), "the query")
 
 
+def test_what_else_made_the_features_matters_where_both_say_it():
+    known = dataclasses.replace(SPEC, made_with={"pooling": "cls", "stain": None})
+    other = dataclasses.replace(SPEC, made_with={"pooling": "mean", "stain": {"method": "macenko"}})
+    with pytest.raises(IndexMismatchError, match=r"pooling: it has mean, the index cls\n  stain: it has {'method"):
+        check_same_features(known, other, "it")
+    check_same_features(known, SPEC, "it")
+    check_same_features(SPEC, other, "it")
+
+
 def test_a_spec_survives_json():
-    spec = dataclasses.replace(SPEC, quantise="binary", mpp=1 / 3)
+    made_with = {"pooling": "cls", "stain": None, "version": 2}
+    spec = dataclasses.replace(SPEC, quantise="binary", mpp=1 / 3, made_with=made_with)
     assert IndexSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     with pytest.raises(TypeError):
         IndexSpec.from_dict({**spec.to_dict(), "colour": 1})

@@ -167,7 +167,8 @@ def store_spec(
     Raises:
         StoreError: an imported store that does not say its encoder or dimension.
     """
-    encoder, tile = store.recipe.encoder, store.recipe.tile
+    recipe = store.recipe.to_dict()
+    encoder, tile = recipe["encoder"], recipe["tile"]
     if not encoder.get("name") or not encoder.get("dim"):
         raise StoreError(
             f"{store.path} does not say which encoder made it, or its dimension; convert it with --encoder"
@@ -179,6 +180,13 @@ def store_spec(
         mpp=tile.get("mpp"),
         tile_px=tile.get("tile_px"),
         fields=dict(fields or {}),
+        made_with={
+            "pooling": encoder.get("pooling"),
+            "stain": recipe["stain"],
+            "icc": recipe["icc"],
+            "filter": tile.get("filter"),
+            "version": recipe["version"],
+        },
         quantise=quantise,
     )
 

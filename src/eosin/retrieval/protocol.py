@@ -31,7 +31,7 @@ IDENTITY = ("encoder", "weights_sha256", "mpp", "tile_px", "dim", "metric")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexSpec:
-    """What an index holds. The first six decide whether vectors may be compared: see `check_same_features`.
+    """What an index holds. All but fields and quantise decide whether vectors may be compared: `check_same_features`.
 
     Attributes:
         dim: length of a vector.
@@ -41,6 +41,7 @@ class IndexSpec:
         tile_px: side of a tile, None likewise.
         metric: how vectors are compared.
         fields: payload columns and their types.
+        made_with: what else decides the vectors, such as pooling and stain normalisation; None when not known.
         quantise: what the engine scans first; the best are always scored again with the vectors themselves.
     """
 
@@ -51,6 +52,7 @@ class IndexSpec:
     tile_px: int | None = None
     metric: Literal["cosine"] = "cosine"
     fields: Mapping[str, FieldType]
+    made_with: Mapping[str, Any] | None = None
     quantise: Quantise = "none"
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,11 +78,15 @@ def check_same_features(index: IndexSpec, other: IndexSpec, what: str) -> None:
         what: what `other` is, for the message, such as ``"the query"`` or a folder.
 
     Raises:
-        IndexMismatchError: encoder, weights, mpp, tile size or dimension differ; the message names each.
+        IndexMismatchError: encoder, weights, mpp, tile size, dimension or, where both say it, `made_with` differ; the
+            message names each.
     """
-    differ = [name for name in IDENTITY if getattr(index, name) != getattr(other, name)]
-    if differ:
-        lines = [f"  {name}: {what} has {getattr(other, name)}, the index {getattr(index, name)}" for name in differ]
+    pairs = [(name, getattr(other, name), getattr(index, name)) for name in IDENTITY]
+    if index.made_with is not None and other.made_with is not None:
+        names = sorted(index.made_with.keys() | other.made_with.keys())
+        pairs += [(name, other.made_with.get(name), index.made_with.get(name)) for name in names]
+    lines = [f"  {name}: {what} has {here}, the index {there}" for name, here, there in pairs if here != there]
+    if lines:
         raise IndexMismatchError(
             f"{what} cannot be mixed with this index:\n" + "\n".join(lines) + "\n"
             "use features of the same extraction, or make another index from the new ones"
