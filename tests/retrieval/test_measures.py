@@ -7,7 +7,7 @@ from math import comb, log2
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, ndcg_score
 
@@ -64,6 +64,7 @@ def test_average_precision_is_scikit_learns_but_for_the_divisor() -> None:
         assert ours[row] * 9 / relevant[row].sum() == pytest.approx(theirs)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(1, 8))
 def test_the_majority_is_that_of_a_counter(hits: list[int], k: int) -> None:
     k = min(k, len(hits))

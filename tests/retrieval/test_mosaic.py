@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
@@ -77,6 +77,7 @@ def test_the_farthest_point_is_found_by_brute_force() -> None:
     np.testing.assert_array_equal(nearest, away[:, chosen].argmin(axis=1))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(0, 1000), st.integers(2, 6))
 def test_the_largest_hole_is_at_most_twice_the_best(seed: int, count: int) -> None:
     """Gonzalez 1985, against all choices of `count` points of few."""
@@ -96,6 +97,7 @@ def test_tiles_in_one_place_are_chosen_once_each() -> None:
     assert sorted(nearest.tolist()) == [0, 1, 2, 3]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(0, 80))
 def test_tiles_are_dealt_by_size(sizes: list[int], more: int) -> None:
     n = np.array(sizes)
