@@ -48,7 +48,14 @@ PLOTTED = {
 }
 
 
-def slide_page(store: FeatureStore, slide_id: str, slide: Slide, *, dense: FeatureStore | None = None) -> str:
+def slide_page(
+    store: FeatureStore,
+    slide_id: str,
+    slide: Slide,
+    *,
+    dense: FeatureStore | None = None,
+    similar: tuple[Pixels, str] | None = None,
+) -> str:
     """Return the page of one slide as HTML.
 
     Args:
@@ -57,6 +64,7 @@ def slide_page(store: FeatureStore, slide_id: str, slide: Slide, *, dense: Featu
         slide: the slide, open, for its thumbnail and example tiles.
         dense: a store of the same encoder with overlapping tiles, for a finer picture of
             the features; `store` itself when None.
+        similar: a picture of tiles that are alike, and its caption.
     """
     tiles = store.tiles(slide_id)
     thumbnail, downsample = slide.thumbnail(THUMBNAIL_PX)
@@ -78,6 +86,8 @@ def slide_page(store: FeatureStore, slide_id: str, slide: Slide, *, dense: Featu
         "pca_caption": f"The first three principal components of {len(features)} feature vectors as red, green "
         "and blue, painted back where the tiles lie. Like colours mean that the encoder finds the tissue alike; the "
         "colours themselves mean nothing.",
+        "similar": data_uri(jpeg_bytes(similar[0]), "image/jpeg") if similar else "",
+        "similar_caption": similar[1] if similar else "",
         "plots": _plots(tiles),
         "examples": _examples(tiles, slide),
         "record": _record(store, tiles),
