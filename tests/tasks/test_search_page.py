@@ -22,6 +22,7 @@ from eosin.slides import open_slide
 from eosin.tasks.search import Question, answer
 from eosin.tasks.search_cases import answer_cases
 from eosin.tasks.search_demo import search_picture
+from eosin.tasks.search_index import IndexSettings, make_index
 from eosin.tasks.search_pictures import AROUND_PX, OUTLINE, SlideFile, crop, open_again, outlined, tile_picture
 from eosin.tasks.search_results import contact_sheet, write_results
 from eosin.tasks.search_slides import slide_files
@@ -274,3 +275,24 @@ def test_the_demo_picture_shows_searches_inside_one_slide(made: Archive) -> None
     assert picture.shape[2] == 3
     assert picture.shape[0] == 2 * (132 + 20 + 8) - 8
     assert "2 typical tiles and for each the 3 most like it" in caption
+
+
+@pytest.mark.real
+def test_real_slides_are_searched_and_shown(real_data: Path, tmp_path: Path) -> None:
+    """Skin beside two scans of one breast field: the scans are one patient, and the skin finds both."""
+    names = ("CMU-1-Small-Region.svs", "OS-2-ndpi.ome.tif", "OS-2-vsi.ome.tif")
+    rows = [f"{name},{real_data / 'slides' / name},{name[:5]}" for name in names]
+    (tmp_path / "slides.csv").write_text("slide_id,path,patient_id\n" + "\n".join(rows) + "\n")
+    settings = IndexSettings(encoder="texture", tile_px=112, mpp=2.0, cohort=tmp_path / "slides.csv", workers=0)
+    index = make_index(tmp_path / "slides.csv", str(tmp_path / "index"), settings)
+    assert (len(index.done), index.failed) == (3, {})
+    result, _, _ = answer(str(tmp_path / "index"), Question(queries=("OS-2-ndpi:1100,1100",), k=99), out=tmp_path)
+    assert set(result.mix("slide_id")) == {"CMU-1-Small-Region.svs"}
+    assert result.searched.patient > 0
+    result, _, _ = answer(
+        str(tmp_path / "index"), Question(queries=("CMU-1-Small-Region:1000,1500",), k=9), out=tmp_path
+    )
+    page = Page(tmp_path / "search.html")
+    assert len(page.images) == 2 + 2 * len(result) > 10
+    for uri in page.images:
+        assert decoded(uri).std() > 10

@@ -72,16 +72,20 @@ def search_page(
 
 def _lead(result: SearchResult) -> str:
     found = len(result)
-    what = " and ".join(one.name for one in result.examples)
+    what = " and ".join(_named(one) for one in result.examples)
     if len(result.examples) > 2:
         what = f"{len(result.examples)} examples"
     how = "" if result.settings.merge == "mean" else ", each by the tile it is nearest to"
-    away = f", away from {' and '.join(one.name for one in result.against)}" if result.against else ""
+    away = f", away from {' and '.join(map(_named, result.against))}" if result.against else ""
     hits = "The tile" if found == 1 else f"The {found} tiles"
     return (
         f"{hits} of {result.searched.left:,} most like {what}{away}: cosine similarity of "
         f"{result.spec.encoder} features{how}."
     )
+
+
+def _named(one: Example) -> str:
+    return one.name if one.kind in ("region", "annotation") else f"the {one.name}"
 
 
 def _tile_um(result: SearchResult) -> str:
