@@ -28,7 +28,7 @@ _COLUMNS: tuple[tuple[tuple[str, str], Unit], ...] = (
     (("xum", "yum"), "um"),
     (("xmm", "ymm"), "mm"),
     (("centroidxpx", "centroidypx"), "px"),
-    (("centroidxµm", "centroidyµm"), "um"),
+    ((squeeze("Centroid X µm"), squeeze("Centroid Y µm")), "um"),
     (("centroidxum", "centroidyum"), "um"),
 )
 

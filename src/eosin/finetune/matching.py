@@ -163,7 +163,8 @@ def froc_area(slides: Sequence[SlideDetections], *, radius_um: float = HIT_UM) -
     """Return the area under recall over false positives a slide from 0 to 8, hence 0-8, as the challenge takes it.
 
     40 thresholds evenly between the lowest and the highest score; recall interpolated at 50 points, 0 to the left of
-    the curve and level to its right. NaN without detections.
+    the curve and level to its right. Of equal false positives the highest recall comes last; the challenge's own code
+    leaves their order to an unstable sort, so that few slides may differ from it by a tenth. NaN without detections.
     """
     scores = np.concatenate([slide.score for slide in slides]) if slides else np.empty(0)
     if not len(scores):
@@ -175,7 +176,7 @@ def froc_area(slides: Sequence[SlideDetections], *, radius_um: float = HIT_UM) -
         counts = count_slides(slides, threshold=threshold, radius_um=radius_um)
         false.append(counts[:, 1].mean())
         recall.append(counts[:, 0].sum() / max(1, counts[:, 0].sum() + counts[:, 2].sum()))
-    order = np.argsort(false, kind="stable")
+    order = np.lexsort((recall, false))
     at = np.linspace(0, FROC_MAX_FALSE, FROC_POINTS)
     curve = np.interp(at, np.array(false)[order], np.array(recall)[order], left=0.0)
     return float(np.trapezoid(curve, at))
