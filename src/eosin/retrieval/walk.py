@@ -17,7 +17,7 @@ import numpy.typing as npt
 Keys = npt.NDArray[np.int64]
 Places = npt.NDArray[np.int64]
 
-STRIDE = 16
+STRIDE = 8
 """Entries walked before directions are compared again."""
 
 
