@@ -2,6 +2,7 @@
 
     python benchmarks/eosin_tiny.py tiles DATA --tiles TILES
     eosin pretrain --config docs/pretrain-eosin-tiny.toml --out RUN     (in the folder that holds TILES as "tiles")
+    python benchmarks/eosin_tiny.py release RUN                         (the weights of the package, in bfloat16)
     python benchmarks/eosin_tiny.py ablate DATA --tiles TILES           (docs/pretrain-small.toml, changed one by one)
     python benchmarks/eosin_tiny.py encoders DATA --encoder NAME=FILE_OR_NAME ...
     python benchmarks/eosin_tiny.py labels DATA --encoder NAME=FILE_OR_NAME ...
@@ -21,7 +22,7 @@ import shutil
 import tempfile
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,16 +56,18 @@ RESULTS = HERE / "results" / "eosin_tiny"
 HEADS = ("knn", "linear")
 NEIGHBOURS, STRENGTH = 20, 0.003
 SEEDS, SHARES, SCRATCH_STEPS = (0, 1, 2), (0.05, 0.1, 0.25, 1.0), 200
+FULL, BASE = "small.toml", "small.toml, 150 steps"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    FULL: {},
     "untrained": {"budget": {"steps": 1}, "optimizer": {"lr": 1e-12}},
-    "small.toml": {},
+    BASE: {},
     "no KDE": {"objective": {"kde": 0.0}},
     "KoLeo for KDE": {"objective": {"kde": 0.0, "koleo": 0.1}},
     "extended context": {"views": {"extended_context": 1.0}},
     "no HED jitter": {"views": {"stain_probability": 0.0}},
     "adversary of the scanner": {"objective": {"adversary": "site"}},
 }
-"""What is changed in docs/pretrain-small.toml."""
+"""What is changed in docs/pretrain-small.toml; all but the first two have 150 of its 600 steps."""
 TILE_PX = 128
 SLIDES = {
     "CMU-1-Small-Region.svs": (None, (0.5, 1.0, 2.0)),
@@ -229,9 +235,10 @@ def keep(name: str, key: str, value: Any) -> None:
     """Put one result into its file, written whole."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "results": {}}
-    record["results"][key] = value
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    with FileLock(path.with_suffix(".lock")):
+        record = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "results": {}}
+        record["results"][key] = value
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def kept(name: str) -> dict[str, Any]:
@@ -245,31 +252,47 @@ def small_config(tiles: Path, seed: int, changes: Mapping[str, Mapping[str, Any]
     table = tomllib.loads((HERE.parent / "docs" / "pretrain-small.toml").read_text())
     table["data"] = {"paths": [str(tiles)], "kind": "tiles", "table": str(tiles / "tiles.csv"), "slide_mpp": 0.5}
     table["data"] |= {"workers": 1, "sample": {"tile_px": TILE_PX, "balance": "site"}}
-    table["run"] |= {"seed": seed, "save_every": 10_000}
+    table["run"] |= {"seed": seed, "keep": 100}
     table["watch"] = {"log_every": 20, "stop_on_collapse": False}
     for section, values in changes.items():
         table[section] = table[section] | values
     return parse_config(table)
 
 
-def ablate(data: Path, tiles: Path) -> None:
-    """Train every variant on every seed, and say what its features tell."""
-    crops, done = read_crops(data), kept("ablations")
+def ablate(data: Path, tiles: Path, only: Sequence[str]) -> None:
+    """Train every variant on every seed, and say what its features tell; what is done already is left."""
+    crops = read_crops(data)
     for seed in SEEDS:
-        for name, changes in VARIANTS.items():
+        for name in VARIANTS:
             key = f"{name}/{seed}"
-            if key in done:
+            if key in kept("ablations") or (only and key not in only):
                 continue
+            changes = VARIANTS[name] if name in (FULL, "untrained") else {"budget": {"steps": 150}, **VARIANTS[name]}
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
                 outcome = pretrain(small_config(tiles, seed, changes), Path(folder), device="cpu")
                 seconds = time.perf_counter() - start
                 log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
                 found = skill(features_of(str(outcome.encoder), crops.pixels), crops)
+                if name == FULL:
+                    found["curve"] = curve(Path(folder) / "encoders", crops)
             loss = {name: round(value, 4) for name, value in log[-1]["parts"].items()}
             keep("ablations", key, {"seconds": round(seconds), "loss": loss, "monitors": log[-1]["monitors"], **found})
             told = [round(found[head][where]["point"], 3) for head in HEADS for where in ("within", "external")]
             print(key, f"{seconds:.0f} s", *told, round(found["scanner"]["point"], 3), flush=True)
+
+
+def curve(folder: Path, crops: Crops) -> list[Row]:
+    """Return what neighbours tell of the label at every checkpoint."""
+    own, rows = crops.part(~crops.external), []
+    for path in sorted(folder.glob("step-*.safetensors")):
+        x = features_of(str(path), own.pixels)
+        found = {
+            name: auroc(own.label, out_of_fold(head, x, own.label, own.slide), own.slide)["point"]
+            for name, head in (("knn", knn), ("linear", linear))
+        }
+        rows.append({"step": int(path.stem.removeprefix("step-")), **found})
+    return rows
 
 
 def encoders(data: Path, named: Mapping[str, str]) -> None:
@@ -309,8 +332,8 @@ def _keep_labels(key: str, rows: npt.NDArray[np.bool_], outside: Crops, scores: 
 def scratch(train: Crops, test: Crops, seed: int) -> Floats:
     """Return the scores of a supervised network of eosin-tiny's geometry that starts from random numbers."""
     torch.manual_seed(seed)
-    network = VisionTransformer(replace(PRESETS["tiny"], layer_scale=1.0))
-    head = torch.nn.Linear(192, 1)
+    network = VisionTransformer(replace(PRESETS["tiny"], dim=256, depth=6, heads=4, layer_scale=1.0))
+    head = torch.nn.Linear(256, 1)
     parameters = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=SCRATCH_STEPS, pct_start=0.1)
@@ -344,19 +367,33 @@ def _normal(tiles: Tensor) -> Tensor:
     return (tiles / 255 - mean) / std
 
 
+def release(run: Path) -> None:
+    """Put the encoder of a finished run into the package, in bfloat16."""
+    source = run / "encoder.safetensors"
+    with safe_open(source, "pt") as file:
+        facts = file.metadata()
+        tensors = {name: file.get_tensor(name).to(torch.bfloat16) for name in file.keys()}  # noqa: SIM118
+    path = HERE.parent / "src" / "eosin" / "encoders" / "eosin-tiny.safetensors"
+    save_file(tensors, path, metadata=facts)
+    path.chmod(0o644)
+
+
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("tiles", "ablate", "encoders", "labels"))
+    parser.add_argument("step", choices=("tiles", "release", "ablate", "encoders", "labels"))
     parser.add_argument("data", type=Path)
     parser.add_argument("--tiles", type=Path, default=Path("tiles"))
-    parser.add_argument("--encoder", nargs="+", default=[])
+    parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME=ENCODER")
+    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT/SEED")
     arguments = parser.parse_args()
     named = dict(one.split("=", 1) for one in arguments.encoder)
     if arguments.step == "tiles":
         tiles(arguments.data, arguments.tiles)
+    elif arguments.step == "release":
+        release(arguments.data)
     elif arguments.step == "ablate":
-        ablate(arguments.data, arguments.tiles.resolve())
+        ablate(arguments.data, arguments.tiles.resolve(), arguments.only)
     elif arguments.step == "encoders":
         encoders(arguments.data, named)
     else:
