@@ -14,8 +14,40 @@ from eosin.cli.options import Json, SlideMpp, TilePx, parse_mpp, print_json, pri
 
 if TYPE_CHECKING:
     from eosin.retrieval.cases import CaseResult
+    from eosin.tasks.search import Question
 
 SHOWN = ("label", "site", "patient_id")
+_QUERY = (
+    "SLIDE:x,y (a tile), SLIDE:x,y,width,height (a region), SLIDE, FILE.geojson[:CLASS], or an image; several are "
+    "looked for together."
+)
+Query = Annotated[
+    list[str] | None, typer.Option("--query", "-q", help=_QUERY, metavar="TILE|REGION|SLIDE|GEOJSON|IMAGE")
+]
+Against = Annotated[list[str] | None, typer.Option("--against", help="What hits should be unlike.")]
+Filters = Annotated[
+    list[str] | None, typer.Option("--filter", "-f", help="site=A,B  label!=tumour  qc_focus>=0.1; all must hold.")
+]
+Page = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the page, contact sheet, JSON and GeoJSON.")]
+Aggregator = Annotated[
+    str, typer.Option("--aggregator", help="Of cases: median-of-minima, entropy-vote, mean-top-k or slide-vector.")
+]
+Variety = Annotated[
+    float | None, typer.Option("--mmr", min=0, max=1, help="Varied hits: weight of likeness, such as 0.7.")
+]
+NewFeatures = Annotated[
+    Path | None, typer.Option("--features", help="Folder of features of slides that are not in the index.")
+]
+ImageMpp = Annotated[
+    str | None, typer.Option("--mpp", help="Microns per pixel of an image file (or 20x).", metavar="F")
+]
+ImageEncoder = Annotated[
+    str | None, typer.Option("--encoder", "-e", help="What reads image files; the index's own when left out.")
+]
+Evaluate = Annotated[
+    bool, typer.Option("--evaluate", help="Instead of a query: measure what the index finds, against chance.")
+]
+Site = Annotated[str, typer.Option("--site", help="Field of the site or scanner, for --evaluate.", metavar="FIELD")]
 Key = Annotated[str | None, typer.Option("--api-key", envvar="QDRANT_API_KEY", help="Of a server.", show_envvar=True)]
 Slides = Annotated[
     list[Path] | None,
@@ -77,53 +109,25 @@ def index(
 
 def search(
     index: Annotated[str, typer.Argument(help="Folder of an index, or http://HOST:PORT/COLLECTION.")],
-    query: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--query",
-            "-q",
-            help="SLIDE:x,y (a tile), SLIDE:x,y,width,height (a region), SLIDE, FILE.geojson[:CLASS], or an image; "
-            "several are looked for together.",
-            metavar="TILE|REGION|SLIDE|GEOJSON|IMAGE",
-        ),
-    ] = None,
-    against: Annotated[list[str] | None, typer.Option("--against", help="What hits should be unlike.")] = None,
+    query: Query = None,
+    against: Against = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Hits wanted.")] = 10,
-    filter: Annotated[
-        list[str] | None,
-        typer.Option("--filter", "-f", help="site=A,B  label!=tumour  qc_focus>=0.1; all must hold."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the page, contact sheet, JSON and GeoJSON.")
-    ] = None,
+    filter: Filters = None,
+    out: Page = None,
     cases: Annotated[bool, typer.Option("--cases", help="Look for similar slides rather than tiles.")] = False,
-    aggregator: Annotated[
-        str, typer.Option("--aggregator", help="median-of-minima, entropy-vote, mean-top-k or slide-vector.")
-    ] = "median-of-minima",
+    aggregator: Aggregator = "median-of-minima",
     merge: Annotated[str, typer.Option("--merge", help="Of several tiles: their mean, or the best of each.")] = "mean",
-    mmr: Annotated[
-        float | None, typer.Option("--mmr", min=0, max=1, help="Varied hits: weight of likeness, such as 0.7.")
-    ] = None,
+    mmr: Variety = None,
     same_slide: Annotated[bool, typer.Option("--same-slide", help="Let the query's slide be found.")] = False,
     same_patient: Annotated[bool, typer.Option("--same-patient", help="Let the query's patient be found.")] = False,
-    features: Annotated[
-        Path | None, typer.Option("--features", help="Folder of features of slides that are not in the index.")
-    ] = None,
+    features: NewFeatures = None,
     slides: Slides = None,
     slide: Annotated[str | None, typer.Option("--slide", help="Slide that a GeoJSON file was drawn on.")] = None,
-    mpp: Annotated[
-        str | None, typer.Option("--mpp", help="Microns per pixel of an image file (or 20x).", metavar="F")
-    ] = None,
-    encoder: Annotated[
-        str | None, typer.Option("--encoder", "-e", help="What reads image files; the index's own when left out.")
-    ] = None,
+    mpp: ImageMpp = None,
+    encoder: ImageEncoder = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every tile.")] = False,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Instead of a query: measure what the index finds, against chance.")
-    ] = False,
-    site: Annotated[
-        str, typer.Option("--site", help="Field of the site or scanner, for --evaluate.", metavar="FIELD")
-    ] = "site",
+    evaluate: Evaluate = False,
+    site: Site = "site",
     api_key: Key = None,
     as_json: Json = False,
 ) -> None:
@@ -133,7 +137,7 @@ def search(
     if evaluate:
         _evaluate(index, site, out, exact=exact, api_key=api_key, as_json=as_json)
         return
-    from eosin.tasks.search import Question, answer
+    from eosin.tasks.search import Question
 
     question = Question(
         queries=tuple(query or ()),
@@ -150,16 +154,39 @@ def search(
         merge=merge,  # type: ignore[arg-type]
         exact=exact,
     )
-    places = tuple(slides or ())
-    if cases:
+    _answer(
+        index,
+        question,
+        tuple(slides or ()),
+        out,
+        aggregator=aggregator if cases else None,
+        api_key=api_key,
+        as_json=as_json,
+    )
+
+
+def _answer(
+    index: str,
+    question: Question,
+    slides: tuple[Path, ...],
+    out: Path | None,
+    *,
+    aggregator: str | None,
+    api_key: str | None,
+    as_json: bool,
+) -> None:
+    """Search for tiles, or with an aggregator for cases, and print what was found."""
+    if aggregator is not None:
         from eosin.tasks.search_cases import answer_cases
 
         found, record, made = answer_cases(
-            index, question, aggregator=aggregator, slides=places, out=out, api_key=api_key
+            index, question, aggregator=aggregator, slides=slides, out=out, api_key=api_key
         )
         columns, rows = _case_table(found)
     else:
-        _, record, made = answer(index, question, slides=places, out=out, api_key=api_key)
+        from eosin.tasks.search import answer
+
+        _, record, made = answer(index, question, slides=slides, out=out, api_key=api_key)
         columns, rows = _hit_table(record)
     if as_json:
         print_json(record)
