@@ -26,6 +26,7 @@ K = 10
 BATCH = 4096
 M, EF_CONSTRUCT = 16, 128  # every graph here is made with the same
 EFS = (32, 64, 128, 256, 512)
+PROBES = ((16, 10), (64, 10), (256, 10), (256, 50), (1024, 50))
 OVERFETCH = 5000  # for an engine that cannot filter
 
 
@@ -231,7 +232,7 @@ class FaissHnsw(Engine):
 class FaissIvfPq(FaissHnsw):
     """IndexIVFPQ of dim / 8 bytes a vector, refined with the vectors themselves."""
 
-    settings = tuple({"nprobe": nprobe, "refine": refine} for nprobe in (8, 32, 128) for refine in (10, 50))
+    settings = tuple({"nprobe": nprobe, "refine": refine} for nprobe, refine in PROBES)
 
     def build(self) -> dict[str, float]:
         import faiss
@@ -269,11 +270,12 @@ class Lance(Engine):
     """LanceDB, IVF_PQ with refinement, a scalar index a column, filters before the search."""
 
     package = "lancedb"
-    settings = tuple({"nprobes": nprobes, "refine": refine} for nprobes in (8, 32, 128) for refine in (10, 50))
+    settings = tuple({"nprobes": nprobe, "refine": refine} for nprobe, refine in PROBES)
 
     def build(self) -> dict[str, float]:
         import lancedb
         import pyarrow as pa
+        from lancedb.index import Bitmap, BTree, IvfPq
 
         rows, dim = self.work.base.shape
         kinds = [(name, pa.int32() if column.dtype.kind == "i" else pa.float64()) for name, column in self._columns()]
@@ -293,10 +295,11 @@ class Lance(Engine):
         table = lancedb.connect(self.folder).create_table("points", parts(), schema=schema)
         watch("load_s")
         lists = max(1, int(rows**0.5))
-        table.create_index("cosine", num_partitions=lists, num_sub_vectors=dim // 8, index_type="IVF_PQ")
+        codes = IvfPq(distance_type="cosine", num_partitions=lists, num_sub_vectors=dim // 8)
+        table.create_index("vector", config=codes)
         watch("index_s")
         for name, column in self._columns():
-            table.create_scalar_index(name, index_type="BITMAP" if column.dtype.kind == "i" else "BTREE")
+            table.create_index(name, config=Bitmap() if column.dtype.kind == "i" else BTree())
         watch("columns_s")
         return watch.seconds
 
@@ -310,7 +313,7 @@ class Lance(Engine):
 
     def ask(self, setting: dict[str, Any]) -> Ask:
         def ask(query: np.ndarray, condition: Condition | None) -> Any:
-            asked = self.table.search(query).distance_type("cosine").limit(K).select(["id"])
+            asked = self.table.search(query).distance_type("cosine").limit(K).select(["id", "_distance"])
             asked = asked.nprobes(setting["nprobes"]).refine_factor(setting["refine"])
             if condition is not None:
                 asked = asked.where(condition.sql(), prefilter=True)

@@ -26,6 +26,7 @@ from eosin.errors import (
 )
 from eosin.retrieval import edge
 from eosin.retrieval.edge import EdgeIndex
+from eosin.retrieval.edge_files import disk_bytes
 from eosin.retrieval.engines import create_index, open_index
 from eosin.retrieval.filters import All, Between, Is, Not, mask
 from eosin.retrieval.protocol import IndexSpec
@@ -353,7 +354,7 @@ def test_making_an_index_that_was_interrupted(tmp_path, points, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(edge, "_sync_log", stop)
+        patch.setattr(edge, "sync_log", stop)
         with pytest.raises(KeyboardInterrupt):
             EdgeIndex.create(tmp_path / "i", SPEC)
     with pytest.raises(IndexCorruptError, match="half an index"):
@@ -392,7 +393,7 @@ def test_a_snapshot_takes_no_more_room_than_the_index(tmp_path, points):
     index.snapshot(tmp_path / "copy")
     index.close()
     apparent = sum(file.stat().st_size for file in (tmp_path / "copy").rglob("*"))
-    assert edge._bytes(tmp_path / "copy") < min(apparent / 4, 1.5 * edge._bytes(tmp_path / "i"))
+    assert disk_bytes(tmp_path / "copy") < min(apparent / 4, 1.5 * disk_bytes(tmp_path / "i"))
 
 
 # The process that optimises.

@@ -4,9 +4,10 @@
     shard/       Qdrant's files
 
 One process has the folder open at a time. The graph (Malkov & Yashunin, arXiv 1603.09320) is made by `optimise`; what
-was stored since is compared one by one, which `stats` tells. A keyword field gets links of its own in the graph, so
-that a filter on it does not cut it apart; other filters go through neighbours of neighbours (ACORN-1, Patel et al.,
-arXiv 2403.04871, section 5); a filter that leaves few points is answered by comparing them all.
+was stored since is compared one by one, which `stats` tells. A filter must not cut the graph apart: one that leaves few
+points is answered by comparing them all, one that leaves less than `ACORN_BELOW` goes through neighbours of neighbours
+(ACORN-1, Patel et al., arXiv 2403.04871, section 5). Links of their own for the values of a field, which Qdrant can also
+make, would double the time to build and help filters on that one field only.
 
 An upsert is acknowledged when its entry in Qdrant's write-ahead log is on the disk; the other files follow at every
 `FLUSH_POINTS` points. Qdrant writes through memory maps, where a full disk kills the process: so room is looked for
@@ -32,6 +33,16 @@ from filelock import BaseFileLock
 
 from eosin.errors import IndexCorruptError, IndexLockedError, IndexStoreError, MissingDependencyError
 from eosin.features.writer import fsync_folder
+from eosin.retrieval.edge_files import (
+    SHARD,
+    check_files,
+    check_room,
+    copy_sparse,
+    damaged,
+    disk_bytes,
+    sizes,
+    sync_log,
+)
 from eosin.retrieval.filters import FieldType
 from eosin.retrieval.manifest import (
     Manifest,
@@ -60,12 +71,10 @@ if TYPE_CHECKING:
     import qdrant_edge
 
 ENGINE = "edge"
-SHARD = "shard"
 
 BATCH_BYTES = 2**22  # of vectors in one entry of the log
 FLUSH_POINTS = 32_768
 QUERIES = 64  # in one request
-_ROOM = 2**28  # Qdrant makes its files in steps of 32 MiB, several at once
 _PAYLOAD_BYTES = 2048  # a point, generously
 
 _OPTIMISE = "import sys, qdrant_edge as q; s = q.EdgeShard.load(sys.argv[1]); s.optimize(); s.flush(); s.close()"
@@ -107,7 +116,7 @@ class EdgeIndex(QdrantIndex):
             with _held(lock_index(path)) as lock:
                 if is_index(path) and read_manifest(path).complete:
                     raise IndexStoreError(f"{path} holds an index already; open it, or give another folder")
-                _check_room(path, 0)
+                check_room(path, 0)
                 write_manifest(path, Manifest(spec=spec, engine=ENGINE, complete=False))
                 shutil.rmtree(path / SHARD, ignore_errors=True)  # of an attempt that was interrupted
                 (path / SHARD).mkdir()
@@ -117,7 +126,7 @@ class EdgeIndex(QdrantIndex):
                         schema = _schema(engine, kind)
                         shard.update(engine.UpdateOperation.create_field_index(field_key(name), schema))
                     shard.flush()
-                _sync_log(path)
+                sync_log(path)
                 manifest = Manifest(spec=spec, engine=ENGINE, state={"points": 0})
                 write_manifest(path, manifest)
                 return cls(path, manifest, shard, lock)
@@ -142,14 +151,14 @@ class EdgeIndex(QdrantIndex):
             manifest = read_manifest(path)
             if not manifest.complete:
                 raise IndexCorruptError(f"{path} is half an index: making it was interrupted; make it again")
-            _check_files(path, manifest)
-            _check_room(path, 0)
+            check_files(path, manifest)
+            check_room(path, 0)
             index = cls(path, manifest, _load(engine, path), lock)
             shutil.rmtree(path / SHARD / "temp_segments", ignore_errors=True)  # of a killed optimise
             there, known = index._count(None), int(manifest.state.get("points", 0))
             if there < known:
                 index.shard.close()
-                raise _corrupt(path, f"it held {known} points or more when it was last closed, now {there}")
+                raise damaged(path, f"it held {known} points or more when it was last closed, now {there}")
             return index
 
     @property
@@ -174,7 +183,7 @@ class EdgeIndex(QdrantIndex):
         """
         with self._writing:
             self._flush()
-            _check_room(self.path, 2 * _bytes(self.path / SHARD))
+            check_room(self.path, 2 * disk_bytes(self.path / SHARD))
             self._changing()
             self.shard.close()
             self._shard = None
@@ -199,7 +208,7 @@ class EdgeIndex(QdrantIndex):
             "points": points,
             "dim": self.spec.dim,
             "quantise": self.spec.quantise,
-            "bytes_on_disk": _bytes(self.path),
+            "bytes_on_disk": disk_bytes(self.path),
             "optimised": points - waiting,
             "compared_one_by_one": waiting,
             "segments": info.segments_count,
@@ -223,7 +232,7 @@ class EdgeIndex(QdrantIndex):
             manifest = replace(self._manifest, state={"points": self._count(None)})
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
-                shutil.copytree(self.path / SHARD, temporary / SHARD, copy_function=_copy_sparse)
+                shutil.copytree(self.path / SHARD, temporary / SHARD, copy_function=copy_sparse)
                 write_manifest(temporary, manifest)
                 os.replace(temporary, path)
                 fsync_folder(path.absolute().parent)
@@ -295,7 +304,7 @@ class EdgeIndex(QdrantIndex):
         engine = _engine()
         with self._writing:
             self._changing()
-            _check_room(self.path, 3 * (vectors.nbytes + _PAYLOAD_BYTES * len(ids)))
+            check_room(self.path, 3 * (vectors.nbytes + _PAYLOAD_BYTES * len(ids)))
             for part in batches(ids, vectors, payload, max(1, BATCH_BYTES // (4 * self.spec.dim))):
                 points = [engine.Point(*point) for point in part]
                 with _errors(self.path, "store points"):
@@ -303,7 +312,7 @@ class EdgeIndex(QdrantIndex):
                 self._unflushed += len(points)
                 if self._unflushed >= FLUSH_POINTS:
                     self._flush()
-            _sync_log(self.path)
+            sync_log(self.path)
 
     def _drop(self, ids: list[int]) -> None:
         self._remove(_engine().UpdateOperation.delete_points(list(ids)), len(ids))
@@ -318,7 +327,7 @@ class EdgeIndex(QdrantIndex):
             with _errors(self.path, "delete points"):
                 self.shard.update(operation)
             self._unflushed += there
-            _sync_log(self.path)
+            sync_log(self.path)
 
     def _count(self, where: Json | None) -> int:
         engine = _engine()
@@ -350,7 +359,7 @@ class EdgeIndex(QdrantIndex):
 
     def _record(self) -> None:
         """Note the number of points and the sizes of files, for `open` to compare with."""
-        state = {"points": self._count(None), "files": _sizes(self.path / SHARD)}
+        state = {"points": self._count(None), "files": sizes(self.path / SHARD)}
         if self._manifest.state != state:
             self._manifest = replace(self._manifest, state=state)
             write_manifest(self.path, self._manifest)
@@ -398,7 +407,7 @@ def _load(engine: Any, path: Path) -> qdrant_edge.EdgeShard:
             raise IndexLockedError(
                 f"{path} is still being optimised by a process whose caller has ended; wait until it is done"
             ) from error
-        raise _corrupt(path, str(error)) from error
+        raise damaged(path, str(error)) from error
 
 
 def _config(engine: Any, spec: IndexSpec) -> qdrant_edge.EdgeConfig:
@@ -407,7 +416,9 @@ def _config(engine: Any, spec: IndexSpec) -> qdrant_edge.EdgeConfig:
     codes = {
         "none": None,
         "int8": engine.ScalarQuantizationConfig(engine.ScalarType.Int8, quantile=0.99, memory=memory.Pinned),
-        "binary": engine.BinaryQuantizationConfig(memory=memory.Pinned),
+        "binary": engine.BinaryQuantizationConfig(
+            query_encoding=engine.BinaryQuantizationQueryEncoding.Scalar8Bits, memory=memory.Pinned
+        ),
     }[spec.quantise]
     graph = engine.HnswIndexConfig(
         m=M, ef_construct=EF_CONSTRUCT, full_scan_threshold=FULL_SCAN_BYTES // 1024, memory=memory.Cached
@@ -427,9 +438,9 @@ def _config(engine: Any, spec: IndexSpec) -> qdrant_edge.EdgeConfig:
 
 
 def _schema(engine: Any, kind: FieldType) -> Any:
-    """Return how a field is indexed; only keywords get links in the graph, for each linked field costs a build."""
+    """Return how a field is indexed: for filters alone, without links in the graph."""
     if kind == "keyword":
-        return engine.KeywordIndexParams(enable_hnsw=True)
+        return engine.KeywordIndexParams(enable_hnsw=False)
     if kind == "float":
         return engine.FloatIndexParams(enable_hnsw=False)
     return engine.IntegerIndexParams(enable_hnsw=False)  # bool too: see retrieval/qdrant.py
@@ -459,76 +470,3 @@ def _id(found: Any) -> int:
 
 def _vector(found: Any) -> list[float] | None:
     return found
-
-
-def _check_room(path: Path, more: int) -> None:
-    """Raise unless the disk has room for `more` bytes and the engine's steps.
-
-    Raises:
-        IndexStoreError: it has not; nothing was changed.
-    """
-    free = shutil.disk_usage(path).free
-    if free < more + _ROOM:
-        raise IndexStoreError(
-            f"{path}: no space left: {free / 2**20:.0f} MiB are free, {(more + _ROOM) / 2**20:.0f} MiB are needed; "
-            "every point stored before is kept: make room, then run the same again"
-        )
-
-
-def _sync_log(path: Path) -> None:
-    """Bring Qdrant's write-ahead log to the disk: what is in it is replayed after a crash."""
-    folder = path / SHARD / "wal"
-    try:
-        for file in folder.iterdir():
-            handle = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        fsync_folder(folder)
-    except OSError as error:
-        raise disk_trouble(error, path) from error
-
-
-def _sizes(shard: Path) -> dict[str, int]:
-    """Return the size of every file of the segments, by path."""
-    files = sorted(file for file in (shard / "segments").rglob("*") if file.is_file())
-    return {file.relative_to(shard).as_posix(): file.stat().st_size for file in files}
-
-
-def _check_files(path: Path, manifest: Manifest) -> None:
-    """Compare the files with what was noted when nothing has changed them since.
-
-    Raises:
-        IndexCorruptError: a file is missing or shorter. Qdrant itself would go on with fewer points.
-    """
-    if not (path / SHARD / "segments").is_dir():
-        raise _corrupt(path, f"{SHARD}/segments is missing")
-    found = _sizes(path / SHARD)
-    for name, size in manifest.state.get("files", {}).items():
-        if found.get(name, -1) < size:
-            state = f"holds {found[name]} bytes instead of {size}" if name in found else "is missing"
-            raise _corrupt(path, f"{SHARD}/{name} {state}")
-
-
-def _corrupt(path: Path, why: str) -> IndexCorruptError:
-    return IndexCorruptError(f"{path} is damaged: {why}; restore it from a snapshot, or make the index again")
-
-
-def _bytes(folder: Path) -> int:
-    """Return what the files take on the disk: Qdrant makes them longer than what is in them."""
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
-
-
-def _copy_sparse(source: str, target: str) -> None:
-    """Copy a file, leave holes where it holds zeros, and bring it to the disk."""
-    step = 2**12
-    with open(source, "rb", 2**20) as before, open(target, "wb", 2**20) as after:
-        while block := before.read(step):
-            if block.count(0) == len(block):
-                after.seek(len(block), os.SEEK_CUR)
-            else:
-                after.write(block)
-        after.truncate(before.tell())
-        after.flush()
-        os.fsync(after.fileno())

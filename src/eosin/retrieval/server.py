@@ -404,7 +404,11 @@ def _config(spec: IndexSpec) -> dict[str, Any]:
         "int8": models.ScalarQuantization(
             scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
         ),
-        "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True)),
+        "binary": models.BinaryQuantization(
+            binary=models.BinaryQuantizationConfig(
+                always_ram=True, query_encoding=models.BinaryQuantizationQueryEncoding.SCALAR8BITS
+            )
+        ),
     }[spec.quantise]
     graph = models.HnswConfigDiff(m=M, ef_construct=EF_CONSTRUCT, full_scan_threshold=FULL_SCAN_BYTES // 1024)
     vectors = models.VectorParams(size=spec.dim, distance=models.Distance.COSINE, on_disk=codes is not None)
@@ -412,13 +416,13 @@ def _config(spec: IndexSpec) -> dict[str, Any]:
 
 
 def _index_fields(client: QdrantClient, name: str, spec: IndexSpec, keys: Iterable[str]) -> None:
-    """Have the server index payload fields; only keywords get links in the graph: see `eosin.retrieval.edge`."""
+    """Have the server index payload fields: for filters alone, without links in the graph."""
     from qdrant_client import models
 
     kinds = {field_key(field): kind for field, kind in spec.fields.items()}
     for key in keys:
         if kinds[key] == "keyword":
-            schema = models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD)
+            schema = models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, enable_hnsw=False)
         elif kinds[key] == "float":
             schema = models.FloatIndexParams(type=models.FloatIndexType.FLOAT, enable_hnsw=False)
         else:

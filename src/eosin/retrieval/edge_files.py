@@ -1,0 +1,88 @@
+"""Files of Qdrant Edge, seen from outside: whether the disk has room, whether they are whole, how to copy them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from eosin.errors import IndexCorruptError, IndexStoreError
+from eosin.features.writer import fsync_folder
+from eosin.retrieval.manifest import Manifest, disk_trouble
+
+SHARD = "shard"
+ROOM = 2**28  # Qdrant makes its files in steps of 32 MiB, several at once
+
+
+def check_room(path: Path, more: int) -> None:
+    """Raise unless the disk has room for `more` bytes and the engine's steps.
+
+    Raises:
+        IndexStoreError: it has not; nothing was changed.
+    """
+    free = shutil.disk_usage(path).free
+    if free < more + ROOM:
+        raise IndexStoreError(
+            f"{path}: no space left: {free / 2**20:.0f} MiB are free, {(more + ROOM) / 2**20:.0f} MiB are needed; "
+            "every point stored before is kept: make room, then run the same again"
+        )
+
+
+def sync_log(path: Path) -> None:
+    """Bring Qdrant's write-ahead log to the disk: what is in it is replayed after a crash."""
+    folder = path / SHARD / "wal"
+    try:
+        for file in folder.iterdir():
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        fsync_folder(folder)
+    except OSError as error:
+        raise disk_trouble(error, path) from error
+
+
+def sizes(shard: Path) -> dict[str, int]:
+    """Return the size of every file of the segments, by path."""
+    files = sorted(file for file in (shard / "segments").rglob("*") if file.is_file())
+    return {file.relative_to(shard).as_posix(): file.stat().st_size for file in files}
+
+
+def check_files(path: Path, manifest: Manifest) -> None:
+    """Compare the files with what was noted when nothing has changed them since.
+
+    Raises:
+        IndexCorruptError: a file is missing or shorter. Qdrant itself would go on with fewer points.
+    """
+    if not (path / SHARD / "segments").is_dir():
+        raise damaged(path, f"{SHARD}/segments is missing")
+    found = sizes(path / SHARD)
+    for name, size in manifest.state.get("files", {}).items():
+        if found.get(name, -1) < size:
+            state = f"holds {found[name]} bytes instead of {size}" if name in found else "is missing"
+            raise damaged(path, f"{SHARD}/{name} {state}")
+
+
+def damaged(path: Path, why: str) -> IndexCorruptError:
+    """Return the error for files that are not what they should be."""
+    return IndexCorruptError(f"{path} is damaged: {why}; restore it from a snapshot, or make the index again")
+
+
+def disk_bytes(folder: Path) -> int:
+    """Return what the files take on the disk: Qdrant makes them longer than what is in them."""
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+
+
+def copy_sparse(source: str, target: str) -> None:
+    """Copy a file, leave holes where it holds zeros, and bring it to the disk."""
+    step = 2**12
+    with open(source, "rb", 2**20) as before, open(target, "wb", 2**20) as after:
+        while block := before.read(step):
+            if block.count(0) == len(block):
+                after.seek(len(block), os.SEEK_CUR)
+            else:
+                after.write(block)
+        after.truncate(before.tell())
+        after.flush()
+        os.fsync(after.fileno())
