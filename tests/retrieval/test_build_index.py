@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import eosin
 from eosin.cohort.table import read_cohort
 from eosin.errors import (
     CohortError,
@@ -25,12 +26,14 @@ from eosin.errors import (
     StoreMismatchError,
 )
 from eosin.features.store import FeatureStore, Recipe
+from eosin.heads.neighbours import nearest
 from eosin.retrieval import build, points
 from eosin.retrieval.build import build_index, open_one_store, store_spec
 from eosin.retrieval.engines import create_index, open_index
 from eosin.retrieval.exact import ExactIndex
-from eosin.retrieval.filters import Is
+from eosin.retrieval.filters import Is, Not
 from eosin.retrieval.protocol import tile_ids
+from eosin.tiles import TileSpec
 
 DIM = 16
 
@@ -486,6 +489,33 @@ def test_a_build_record_that_cannot_be_read(store, tmp_path):
         open_index(tmp_path / "index")
     build_index(store.path, tmp_path / "index")
     open_index(tmp_path / "index").close()
+
+
+# Real slides
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_all_tiles_of_real_slides(real_data, tmp_path):
+    """Every kept tile is there, finds itself first, and its neighbours are those of a plain search of the features."""
+    slides = [real_data / "slides" / name for name in ("CMU-1-Small-Region.svs", "tcga-cr-7395-01a-01-ts1.svs")]
+    store = eosin.extract(slides, TileSpec(tile_px=112, mpp=0.5), "texture", out=tmp_path / "features", workers=0)
+    result = build_index(store.path, tmp_path / "index")
+    parts = [store[slide_id] for slide_id in store]
+    x = np.concatenate([part.x[part.kept] for part in parts])
+    assert result.failed == {}
+    assert result.points == len(x) >= 100
+    index = open_index(tmp_path / "index")
+    ids = np.concatenate([tile_ids(part.slide_id, part.xy[part.kept], index.spec) for part in parts])
+    distance, rows = nearest(x, x, 10)
+    for at, hits in enumerate(index.search(x, k=10)):
+        assert hits.ids[0] == ids[at]
+        np.testing.assert_allclose(hits.score, 1 - distance[at], atol=1e-6)
+        assert len(np.setdiff1d(hits.ids, ids[rows[at]])) <= 1, "near-equal neighbours may swap at the end"
+    first = parts[0].slide_id
+    other = index.search(x[:5], k=5, where=Not(Is("slide_id", (first,))))
+    assert all((hits.payload["slide_id"] != first).all() for hits in other)
+    index.close()
 
 
 # Killed
