@@ -55,6 +55,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "eosin_tiny"
 HEADS = ("knn", "linear")
 NEIGHBOURS, STRENGTH = 20, 0.003
+CENTRE = slice(32, 96)
 SEEDS, SHARES, SCRATCH_STEPS = (0, 1, 2), (0.05, 0.1, 0.25, 1.0), 200
 FULL, BASE = "small.toml", "small.toml, 150 steps"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -301,6 +302,8 @@ def encoders(data: Path, named: Mapping[str, str]) -> None:
     for name, encoder in named.items():
         found = skill(features_of(encoder, crops.pixels), crops)
         if not encoder.endswith(".npz"):
+            middle = np.ascontiguousarray(crops.pixels[:, CENTRE, CENTRE])
+            keep("encoders", f"{name}, central 64 px", skill(features_of(encoder, middle), crops))
             found["camelyon16"] = camelyon(data, encoder)
         keep("encoders", name, found)
         told = [round(found[head][where]["point"], 3) for head in HEADS for where in ("within", "external")]
