@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,18 @@ from shapely.geometry import box
 
 import slidegen
 from eosin.errors import ConfigError, GeometryError, MissingMppError, NonFiniteError, PredictionsError, UpsampleError
-from eosin.finetune.cascade import ATYPICAL, NORMAL, classify, crops, density, per_mm2, region_mm2, summary, write_cells
+from eosin.finetune.cascade import (
+    ATYPICAL,
+    NORMAL,
+    classify,
+    count_atypical,
+    crops,
+    density,
+    per_mm2,
+    region_mm2,
+    summary,
+    write_cells,
+)
 from eosin.finetune.detections import detections, read_detections
 from eosin.finetune.joins import read_boxes
 from eosin.geometry import Mpp
@@ -178,6 +190,21 @@ def test_qupath_gets_squares_with_both_classes(make_slide: Callable[..., Path], 
     assert np.allclose(again.xy, found.xy)
     assert again.name.tolist() == [ATYPICAL, NORMAL]
     assert again.score[0] == 0.9
+
+
+def test_one_call_from_slide_to_files(he_slide: Any, tmp_path: Path) -> None:
+    region = box(0, 0, 1000, 1500)
+    xy = [(400, 400), (600, 900), (1500, 700)]
+    with open_slide(he_slide.path) as slide:
+        found = count_atypical(slide, detections(xy), Redness(), out=tmp_path / "out", threshold=0.0, region=region)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["he.svs.geojson", "he.svs.json"]
+    assert orjson.loads((tmp_path / "out" / "he.svs.json").read_bytes()) == orjson.loads(orjson.dumps(found))
+    assert len(read_geojson(tmp_path / "out" / "he.svs.geojson")) == 3
+    tissue, spot = orjson.loads(orjson.dumps(found))["areas"]
+    truth = float(he_slide.mask.sum() * he_slide.mpp**2 / 1e6)
+    assert tissue["area_mm2"] == pytest.approx(truth, rel=0.1)
+    assert (tissue["atypical"]["n"], spot["atypical"]["n"]) == (3, 2)
+    assert spot["area_mm2"] == pytest.approx(0.5 * 0.75)
 
 
 @pytest.mark.real

@@ -196,6 +196,15 @@ def test_some_missing_pictures_are_an_error_and_ambiguous_ones_too(tmp_path: Pat
         read_table(table, root=tmp_path)
 
 
+def test_a_data_frame_does_not_search_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_picture(tmp_path / "deep" / "1.png", pixels(1))
+    write_picture(tmp_path / "2.png", pixels(2))
+    monkeypatch.chdir(tmp_path)
+    assert read_table(pd.DataFrame({"file": ["1.png"], "atypical": [1]})).file.tolist() == [""]
+    assert read_table(pd.DataFrame({"file": ["2.png"], "atypical": [1]})).file.tolist() == ["2.png"]
+    assert read_table(pd.DataFrame({"file": ["1.png"], "atypical": [1]}), root=".").file.tolist() == ["deep/1.png"]
+
+
 def test_one_cell_with_two_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match=r"rows 2, 3: the same picture .* with different labels"):
         read_table(pd.DataFrame({"file": ["1.png", "1.png"], "atypical": [0, 1]}))

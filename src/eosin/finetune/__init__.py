@@ -3,7 +3,7 @@
 What is imported here needs no torch; the parts that do are modules of their own.
 """
 
-from eosin.finetune.cascade import CellClassifier, ScoredCells, classify, density, write_cells
+from eosin.finetune.cascade import CellClassifier, ScoredCells, classify, count_atypical, density, write_cells
 from eosin.finetune.cells import CellTable, domain_counts, pool, read_tiles
 from eosin.finetune.detections import Detections, detections, read_detections
 from eosin.finetune.duplicates import find_duplicates, without_duplicates
@@ -16,6 +16,7 @@ __all__ = [
     "Detections",
     "ScoredCells",
     "classify",
+    "count_atypical",
     "density",
     "detections",
     "domain_counts",

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import shapely
 from scipy.special import gammaincinv
 from shapely.geometry import MultiPolygon, Polygon
@@ -20,6 +21,7 @@ from eosin.finetune.detections import Detections
 from eosin.geometry import LEVEL_TOLERANCE, Mpp, round_half_up
 from eosin.slides import Slide
 from eosin.tiles.geojson import Annotation, write_geojson
+from eosin.tiles.tissue import tissue_mask
 
 BATCH = 256
 # The area that a mitotic count is given for (2 mm², ten high-power fields of 0.2 mm²).
@@ -269,6 +271,45 @@ def write_cells(path: Path | str, cells: ScoredCells) -> Path:
             )
         )
     return write_geojson(path, drawn)
+
+
+def count_atypical(
+    slide: Slide,
+    points: Detections,
+    classifier: CellClassifier,
+    *,
+    out: Path | str,
+    threshold: float = 0.5,
+    region: Polygon | MultiPolygon | None = None,
+) -> dict[str, object]:
+    """Score the points of a slide, count on its tissue (and on `region`), and write both under `out`.
+
+    `<slide>.geojson` opens in QuPath, `<slide>.json` holds what is returned: counts, densities with intervals, notes.
+
+    Args:
+        slide: an open slide with a known mpp.
+        points: what a detector found.
+        classifier: what scores the crops.
+        out: folder for the two files.
+        threshold: from out-of-fold predictions.
+        region: a hot spot, say, drawn in level-0 pixels; counted beside the whole tissue.
+
+    Raises:
+        TissueError: the slide is blank, or no brightfield slide.
+        EosinError: as `classify`.
+    """
+    cells = classify(slide, points, classifier, threshold=threshold)
+    counted = [density(cells, area_mm2=tissue_mask(slide).area_mm2(slide.mpp))]
+    if region is not None:
+        counted.append(density(cells, area_mm2=region_mm2(region, slide.mpp), region=region))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_cells(folder / f"{slide.name}.geojson", cells)
+    found = summary(slide.name, cells, counted)
+    draft = folder / f"{slide.name}.json.part"
+    draft.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
+    draft.replace(folder / f"{slide.name}.json")
+    return found
 
 
 def summary(name: str, cells: ScoredCells, counted: Sequence[Density]) -> dict[str, object]:

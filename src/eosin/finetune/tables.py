@@ -110,7 +110,7 @@ def read_table(
 
     Args:
         source: .csv, .tsv or .parquet, a folder, or a data frame.
-        root: the folder with the pictures; the table's own folder by default.
+        root: the folder with the pictures; the table's own folder by default, for a data frame the current one.
         dataset: the set's name, for tables that do not say.
         mpp: microns per pixel of the crops, for tables that say theirs.
 
@@ -120,7 +120,7 @@ def read_table(
         GeometryError: a column mpp with other values.
     """
     if isinstance(source, pd.DataFrame):
-        cells, where, folder = frame_cells(source), "data frame", Path()
+        cells, where, folder = frame_cells(source), "data frame", None
         stem = "table"
     else:
         path = Path(source)
@@ -165,7 +165,9 @@ def _read_folders(root: Path, dataset: str) -> CellTable:
     return _build(table, layout, where=str(root), root=root, dataset=dataset, mpp=TILE_MPP)
 
 
-def _build(cells: pd.DataFrame, layout: Layout, *, where: str, root: Path, dataset: str, mpp: float) -> CellTable:
+def _build(
+    cells: pd.DataFrame, layout: Layout, *, where: str, root: Path | None, dataset: str, mpp: float
+) -> CellTable:
     columns = {field: texts_of(cells, name) for field, name in layout.columns.items()}
     experts = {name: number for name in map(str, cells.columns) if (number := expert_of(name))}
     n, notes = len(cells), _unused(cells, layout, experts)
@@ -180,9 +182,10 @@ def _build(cells: pd.DataFrame, layout: Layout, *, where: str, root: Path, datas
     source = {name: columns.get(name, blank) for name in ("tumour", "scanner", "origin", "species")}
     source = _tidy_sources(source, sets)
     first, repeated = _first_of_each(columns, files, label, cells, where)
-    found, missing = find_pictures(root, files, where)
+    # A data frame without a root says nothing of where to look; the folder one happens to be in is not searched.
+    found, missing = find_pictures(root or Path(), files, where, search=root is not None)
     return CellTable(
-        root=root,
+        root=root or Path(),
         file=found,
         label=label,
         soft=soft,
@@ -361,8 +364,14 @@ def _first_of_each(
     return first, [f"{row_phrase(again)} repeat an earlier cell and were left out"] if len(again) else []
 
 
-def find_pictures(root: Path, names: Texts, where: str) -> tuple[Texts, list[str]]:
+def find_pictures(root: Path, names: Texts, where: str, *, search: bool = True) -> tuple[Texts, list[str]]:
     """Return the path of each picture relative to `root`, all "" when none is there, and a note in that case.
+
+    Args:
+        root: the folder.
+        names: (n,) as the table has them, "" where a cell has none.
+        where: what the table is called in errors.
+        search: look for those that are not where the table says by their name, anywhere under `root`.
 
     Raises:
         CohortError: some pictures are missing, or one name fits several files.
@@ -371,7 +380,7 @@ def find_pictures(root: Path, names: Texts, where: str) -> tuple[Texts, list[str
     if not len(wanted):
         return names, []
     there = {name: name for name in wanted.tolist() if (root / name).is_file()}
-    if len(there) < len(wanted) and root.is_dir():
+    if search and len(there) < len(wanted) and root.is_dir():
         there |= _by_name(root, [name for name in wanted.tolist() if name not in there])
     missing = [name for name in wanted.tolist() if name not in there]
     if len(missing) == len(wanted):
