@@ -20,6 +20,7 @@ from eosin.cohort.table import read_cohort
 from eosin.errors import (
     CohortError,
     IndexCorruptError,
+    IndexLockedError,
     IndexMismatchError,
     IndexStoreError,
     StoreError,
@@ -439,6 +440,18 @@ def test_a_full_disk_keeps_the_slides_before_it(store, tmp_path, monkeypatch):
     assert build_index(store.path, tmp_path / "index").skipped == ("a/one.svs",)
     build_index(store.path, tmp_path / "fresh")
     same_contents(contents(tmp_path / "index"), contents(tmp_path / "fresh"))
+
+
+def test_an_index_that_another_writes_is_left_alone(store, tmp_path):
+    build_index(store.path, tmp_path / "index")
+    add_slide(store, "new.svs")
+    other = open_index(tmp_path / "index")
+    other.delete(Is("slide_id", ("three.svs",)))
+    with pytest.raises(IndexLockedError, match="open for writing elsewhere"):
+        build_index(store.path, tmp_path / "index")
+    assert open_index(tmp_path / "index").count() == 60, "it is whole and can be read"
+    other.close()
+    assert build_index(store.path, tmp_path / "index").done == ("new.svs", "three.svs")
 
 
 # Opening

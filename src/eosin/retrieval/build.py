@@ -106,7 +106,7 @@ def build_index(
 ) -> BuildResult:
     """Make a store's kept tiles searchable, or bring an index up to date with its store.
 
-    Slides are stored one after the other, each whole. A slide that is in the index already, from the same content and
+    Slides are stored one after the other. A slide that is in the index already, from the same content and
     with the same payload, is skipped; one that changed is replaced, its old tiles removed once the new ones are safe.
     A slide that cannot be read is reported and does not stop the others. Killed at any moment, the same call goes on.
 
@@ -125,6 +125,7 @@ def build_index(
         StoreError: no store there, an empty one, or several and no `encoder`.
         IndexMismatchError: the index at `out` was made from other features or columns; the message names each.
         IndexStoreError: the index cannot be written; slides stored before are kept.
+        IndexLockedError: another process writes it; nothing was changed.
         CohortError: no column of that name.
     """
     begun = time.monotonic()
@@ -135,25 +136,13 @@ def build_index(
     new = engine == "auto" and not is_url(out) and not index_exists(out)
     expected = _count(store, slides) if new else None
     with contextlib.closing(create_index(out, spec, engine=engine, expected=expected, api_key=api_key)) as index:
+        index.delete(np.empty(0, np.uint64))  # takes the lock: who cannot write leaves everything as it is
         about = {"features": store.recipe.hash, "cohort": cohort and cohort.sha256, "eosin": __version__}
         if not is_url(out):
             start_build(Path(out), about)
         outcome = _store_slides(index, store, slides, known, progress)
         index.optimise()
-        result = BuildResult(
-            out=str(out),
-            engine=str(index.stats()["engine"]),
-            done=tuple(slide for slide, stored in outcome.items() if isinstance(stored, int) and stored),
-            skipped=tuple(slide for slide, stored in outcome.items() if stored is None),
-            failed={slide: stored for slide, stored in outcome.items() if isinstance(stored, str)},
-            notes=(
-                *known.notes,
-                *(f"{slide}: quality control kept no tile" for slide in outcome if outcome[slide] == 0),
-            ),
-            tiles=sum(stored for stored in outcome.values() if isinstance(stored, int)),
-            points=index.count(),
-            seconds=time.monotonic() - begun,
-        )
+        result = _result(str(out), index, outcome, known.notes, time.monotonic() - begun)
         if not is_url(out):
             finish_build(Path(out), about, {"points": result.points, "failed": result.failed})
     return result
@@ -213,6 +202,24 @@ def open_one_store(features: str | Path, encoder: str | None = None) -> FeatureS
         raise StoreError(f"{path} holds no features of {encoder!r}; the closest are: {closest(str(encoder), names)}")
     folders = ", ".join(store.path.name for store in stores)
     raise StoreError(f"{path} holds {len(stores)} feature stores ({folders}); name one of these folders")
+
+
+def _result(
+    out: str, index: VectorIndex, outcome: Mapping[str, int | str | None], notes: tuple[str, ...], seconds: float
+) -> BuildResult:
+    """Return the summary of what came of each slide."""
+    empty = tuple(f"{slide}: quality control kept no tile" for slide, stored in outcome.items() if stored == 0)
+    return BuildResult(
+        out=out,
+        engine=str(index.stats()["engine"]),
+        done=tuple(slide for slide, stored in outcome.items() if isinstance(stored, int) and stored),
+        skipped=tuple(slide for slide, stored in outcome.items() if stored is None),
+        failed={slide: stored for slide, stored in outcome.items() if isinstance(stored, str)},
+        notes=(*notes, *empty),
+        tiles=sum(stored for stored in outcome.values() if isinstance(stored, int)),
+        points=index.count(),
+        seconds=seconds,
+    )
 
 
 def _store_slides(
