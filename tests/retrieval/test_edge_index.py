@@ -28,9 +28,9 @@ from eosin.retrieval import edge
 from eosin.retrieval.edge import EdgeIndex
 from eosin.retrieval.edge_files import disk_bytes
 from eosin.retrieval.engines import create_index, open_index
-from eosin.retrieval.filters import All, Between, Is, Not, mask
+from eosin.retrieval.filters import All, Any_, Between, Is, Not, mask
 from eosin.retrieval.protocol import IndexSpec
-from eosin.retrieval.qdrant import filter_json
+from eosin.retrieval.qdrant import filter_json, needs_acorn
 
 GROUPS = {name: "keyword" for name in ("tenth", "hundredth", "region")} | {"value": "float"}
 
@@ -147,6 +147,16 @@ def test_impossible_ranges_of_integers_hold_nothing():
     assert filter_json(Between("x", 2.2, 2.8), {"x": "integer"}) == {"must": [{"has_id": []}]}
     found = filter_json(Between("x", -2.5, 2.5), {"x": "integer"})
     assert found == {"must": [{"key": "x", "range": {"gte": -2.0, "lte": 2.0}}]}
+
+
+def test_acorn_is_for_what_links_do_not_hold_together():
+    fields = {"site": "keyword", "organ": "keyword", "x": "integer", "pen": "bool"}
+    site, organ, patient = Is("site", ("A", "B")), Is("organ", ("skin",)), Not(Is("site", ("C",)))
+    for alone in (site, Not(site), All((site, patient)), All((All((patient, Not(organ))), site)), Any_((site, organ))):
+        assert not needs_acorn(alone, fields)
+    for more in (Between("x", 1), Is("pen", (True,)), All((site, organ)), All((All((site,)), organ, patient))):
+        assert needs_acorn(more, fields)
+    assert needs_acorn(All((site, Not(Between("x", 1)))), fields)
 
 
 # Crashes. The child says what has been acknowledged; whatever it said must be there afterwards.
@@ -469,4 +479,26 @@ def test_points_that_eosin_did_not_write_are_told(tmp_path, points):
     index.shard.update(qdrant_edge.UpdateOperation.upsert_points([strange]))
     with pytest.raises(IndexCorruptError, match="does not fit the index: field 'slide_id' should be keyword"):
         index.retrieve(np.array([7]))
+    index.close()
+
+
+def test_what_the_graph_does_not_reach_is_found_all_the_same(tmp_path, points, monkeypatch):
+    index = EdgeIndex.create(tmp_path / "i", SPEC)
+    points.store(index)
+    ask, exactly = index._ask, []
+
+    def lame(queries, k, where, *, exact, **more):
+        exactly.append((len(queries), exact))
+        rows = ask(queries, k, where, exact=exact, **more)
+        return rows if exact else [rows[0], rows[1][:2], *rows[2:]]
+
+    monkeypatch.setattr(index, "_ask", lame)
+    where = Is("site", ("A",))
+    found = index.search(points.vectors[:3], k=10, where=where)
+    wanted = [points.nearest(query, 10, where)[0].tolist() for query in points.vectors[:3]]
+    assert [hits.ids.tolist() for hits in found] == wanted
+    assert exactly == [(3, False), (1, True)]
+    few = Is("slide_id", ("nowhere.svs",))
+    assert [len(hits) for hits in index.search(points.vectors[:3], k=10, where=few)] == [0, 0, 0]
+    assert exactly[2:] == [(3, False)]
     index.close()

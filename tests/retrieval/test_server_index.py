@@ -26,7 +26,7 @@ from eosin.retrieval import server
 from eosin.retrieval.edge import EdgeIndex
 from eosin.retrieval.engines import create_index, index_exists, open_index
 from eosin.retrieval.exact import ExactIndex
-from eosin.retrieval.filters import Is, mask
+from eosin.retrieval.filters import Between, mask
 from eosin.retrieval.qdrant import filter_json, payload_rows
 from eosin.retrieval.server import ServerIndex, copy_index
 
@@ -56,7 +56,8 @@ def test_the_collection_is_made_as_the_embedded_engine_is(wire, url):
     ServerIndex.create(url, replace(SPEC, quantise="int8")).close()
     kinds = {key: schema.type.value for (_, key), schema in wire.fields.items()}
     assert kinds == {name: "integer" if kind == "bool" else kind for name, kind in SPEC.fields.items()}
-    assert all(schema.enable_hnsw is False for schema in wire.fields.values())
+    links = {key for (_, key), schema in wire.fields.items() if schema.enable_hnsw}
+    assert links == {name for name, kind in SPEC.fields.items() if kind == "keyword"}
     assert wire.client.get_collection("tiles").config.metadata["eosin"]["spec"]["encoder"] == "tiny"
 
 
@@ -71,7 +72,7 @@ def test_how_a_search_is_asked_for(wire, url, points):
     index = ServerIndex.create(url, replace(SPEC, quantise="binary"))
     points.take(slice(0, 50)).store(index)
     index.search(points.vectors[:1])
-    index.search(points.vectors[:1], where=Is("site", ("A",)), exact=True)
+    index.search(points.vectors[:1], where=Between("x", 1), exact=True)
     index.search(points.vectors[:1], k=400)
     plain, filtered, many = wire.params
     assert (plain.hnsw_ef, plain.exact, plain.acorn.enable) == (128, False, False)

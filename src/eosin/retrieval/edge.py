@@ -5,9 +5,9 @@
 
 One process has the folder open at a time. The graph (Malkov & Yashunin, arXiv 1603.09320) is made by `optimise`; what
 was stored since is compared one by one, which `stats` tells. A filter must not cut the graph apart: one that leaves few
-points is answered by comparing them all, one that leaves less than `ACORN_BELOW` goes through neighbours of neighbours
-(ACORN-1, Patel et al., arXiv 2403.04871, section 5). Links of their own for the values of a field, which Qdrant can also
-make, would double the time to build and help filters on that one field only.
+points is answered by comparing them all; the points of each value of a keyword field are linked among themselves too;
+what such links do not hold together goes through neighbours of neighbours (ACORN-1, Patel et al., arXiv 2403.04871,
+section 5).
 
 An upsert is acknowledged when its entry in Qdrant's write-ahead log is on the disk; the other files follow at every
 `FLUSH_POINTS` points. Qdrant writes through memory maps, where a full disk kills the process: so room is looked for
@@ -255,7 +255,7 @@ class EdgeIndex(QdrantIndex):
                 self._lock.release()
 
     def _ask(
-        self, queries: list[list[float]], k: int, where: Json | None, *, exact: bool, vectors: bool
+        self, queries: list[list[float]], k: int, where: Json | None, *, exact: bool, acorn: bool, vectors: bool
     ) -> list[list[Row]]:
         engine = _engine()
         params = engine.SearchParams(
@@ -264,7 +264,7 @@ class EdgeIndex(QdrantIndex):
             quantization=engine.QuantizationSearchParams(
                 ignore=exact, rescore=True, oversampling=OVERSAMPLING[self.spec.quantise]
             ),
-            acorn=engine.AcornSearchParams(enable=where is not None, max_selectivity=ACORN_BELOW),
+            acorn=engine.AcornSearchParams(enable=acorn, max_selectivity=ACORN_BELOW),
         )
         condition = None if where is None else _filter(engine, where)
         requests = [
@@ -438,9 +438,9 @@ def _config(engine: Any, spec: IndexSpec) -> qdrant_edge.EdgeConfig:
 
 
 def _schema(engine: Any, kind: FieldType) -> Any:
-    """Return how a field is indexed: for filters alone, without links in the graph."""
+    """Return how a field is indexed: the values of keywords get links in the graph (see `qdrant.needs_acorn`)."""
     if kind == "keyword":
-        return engine.KeywordIndexParams(enable_hnsw=False)
+        return engine.KeywordIndexParams(enable_hnsw=True)
     if kind == "float":
         return engine.FloatIndexParams(enable_hnsw=False)
     return engine.IntegerIndexParams(enable_hnsw=False)  # bool too: see retrieval/qdrant.py

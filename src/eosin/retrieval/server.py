@@ -219,7 +219,7 @@ class ServerIndex(QdrantIndex):
             self._open_client = None
 
     def _ask(
-        self, queries: list[list[float]], k: int, where: Json | None, *, exact: bool, vectors: bool
+        self, queries: list[list[float]], k: int, where: Json | None, *, exact: bool, acorn: bool, vectors: bool
     ) -> list[list[Row]]:
         from qdrant_client import models
 
@@ -229,7 +229,7 @@ class ServerIndex(QdrantIndex):
             quantization=models.QuantizationSearchParams(
                 ignore=exact, rescore=True, oversampling=OVERSAMPLING[self.spec.quantise]
             ),
-            acorn=models.AcornSearchParams(enable=where is not None, max_selectivity=ACORN_BELOW),
+            acorn=models.AcornSearchParams(enable=acorn, max_selectivity=ACORN_BELOW),
         )
         condition = _filter(where)
         requests = [
@@ -416,13 +416,13 @@ def _config(spec: IndexSpec) -> dict[str, Any]:
 
 
 def _index_fields(client: QdrantClient, name: str, spec: IndexSpec, keys: Iterable[str]) -> None:
-    """Have the server index payload fields: for filters alone, without links in the graph."""
+    """Have the server index payload fields; the values of keywords get links in the graph (`qdrant.needs_acorn`)."""
     from qdrant_client import models
 
     kinds = {field_key(field): kind for field, kind in spec.fields.items()}
     for key in keys:
         if kinds[key] == "keyword":
-            schema = models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, enable_hnsw=False)
+            schema = models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, enable_hnsw=True)
         elif kinds[key] == "float":
             schema = models.FloatIndexParams(type=models.FloatIndexType.FLOAT, enable_hnsw=False)
         else:
