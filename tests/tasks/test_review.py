@@ -280,20 +280,25 @@ def wrong_rounds(share: list[float], n: int, seed: int) -> np.ndarray:
 
 
 ENOUGH = {"a": 30, "b": 30}
+NO_MORE = {"a": 0, "b": 0}
 
 
 def test_a_flat_audit_stops_and_a_falling_one_does_not() -> None:
     patient = np.arange(100) // 2
-    flat = stop_advice(wrong_rounds([0.1] * 4, 100, 0), patient, labels=ENOUGH, per_class=ENOUGH)
+    flat = stop_advice(wrong_rounds([0.1] * 4, 100, 0), patient, labels=ENOUGH, per_class=ENOUGH, found=NO_MORE)
     assert flat.stop
     assert flat.why.startswith("flat: audit error 0.")
     assert flat.error is not None
     assert flat.error.low < flat.error.point < flat.error.high
-    falling = stop_advice(wrong_rounds([0.3, 0.2, 0.12, 0.1], 100, 0), patient, labels=ENOUGH, per_class=ENOUGH)
+    falling = stop_advice(
+        wrong_rounds([0.3, 0.2, 0.12, 0.1], 100, 0), patient, labels=ENOUGH, per_class=ENOUGH, found=NO_MORE
+    )
     assert not falling.stop
     assert falling.change is not None
     assert falling.change.high < 0
-    late = stop_advice(wrong_rounds([0.3, 0.1, 0.1, 0.1], 100, 0), patient, labels=ENOUGH, per_class=ENOUGH)
+    late = stop_advice(
+        wrong_rounds([0.3, 0.1, 0.1, 0.1], 100, 0), patient, labels=ENOUGH, per_class=ENOUGH, found=NO_MORE
+    )
     assert not late.stop
 
 
@@ -307,19 +312,24 @@ def test_a_flat_audit_stops_and_a_falling_one_does_not() -> None:
     ],
 )
 def test_too_little_never_stops(rounds: int, n: int, labels: dict[str, int], what: str) -> None:
-    found = stop_advice(np.zeros((rounds, n), bool), np.arange(n), labels=labels, per_class=ENOUGH)
+    found = stop_advice(np.zeros((rounds, n), bool), np.arange(n), labels=labels, per_class=ENOUGH, found=NO_MORE)
     assert not found.stop
     assert what in found.why
 
 
-def test_a_class_the_audit_hardly_met_is_named() -> None:
-    wrong = wrong_rounds([0.1] * 4, 80, 1)
-    found = stop_advice(wrong, np.arange(80), labels=ENOUGH, per_class={"a": 79, "b": 1})
-    assert found.why.endswith("says little of b: 1 audit tiles")
+def test_a_class_the_audit_hardly_met_must_be_found_no_more() -> None:
+    wrong, met = wrong_rounds([0.1] * 4, 80, 1), {"a": 79, "b": 1}
+    through = stop_advice(wrong, np.arange(80), labels=ENOUGH, per_class=met, found={"a": 20, "b": 0})
+    assert through.stop
+    assert through.why.endswith("the audit says little of 'b' (1 tiles), 3 rounds found 0 more")
+    still = stop_advice(wrong, np.arange(80), labels=ENOUGH, per_class=met, found={"a": 0, "b": 2})
+    assert not still.stop
+    assert still.why.endswith("3 rounds found 2 more")
+    assert stop_advice(wrong, np.arange(80), labels=ENOUGH, per_class=ENOUGH, found={"a": 9, "b": 9}).stop
 
 
 def test_without_an_error_the_interval_is_the_exact_one() -> None:
-    found = stop_advice(np.zeros((4, 40), bool), np.arange(40) // 4, labels=ENOUGH, per_class=ENOUGH)
+    found = stop_advice(np.zeros((4, 40), bool), np.arange(40) // 4, labels=ENOUGH, per_class=ENOUGH, found=NO_MORE)
     assert found.error is not None
     assert (found.error.low, found.error.point) == (0, 0)
     assert found.error.high == pytest.approx(1 - 0.025**0.1)  # ten patients without an error
@@ -329,7 +339,7 @@ def test_without_an_error_the_interval_is_the_exact_one() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_audit_error_is_that_of_the_present_head(seed: int) -> None:
     wrong = np.random.default_rng(seed).random((4, 30)) < 0.3
-    found = stop_advice(wrong, np.arange(30), labels=ENOUGH, per_class=ENOUGH)
+    found = stop_advice(wrong, np.arange(30), labels=ENOUGH, per_class=ENOUGH, found=NO_MORE)
     assert found.errors == pytest.approx(wrong.mean(axis=1).tolist())
     assert found.error is not None
     assert found.error.point == pytest.approx(wrong[-1].mean())
@@ -352,3 +362,5 @@ def test_the_audit_of_a_review_is_measured_on_heads_that_never_saw_it(tmp_path: 
         wrong = head.predict(pool.x[audit]) != y[audit]
         assert found.error is not None
         assert found.error.point == pytest.approx(wrong.mean())
+        late = [one for one in review.state.decisions.values() if one.round >= 3 and one.share != AUDIT]
+        assert sum(review._found_since(3).values()) == len(late) == 135

@@ -259,7 +259,14 @@ class Review:
             self.pool.patient_id[rows],
             labels=self.counts(),
             per_class=per_class,
+            found=self._found_since(self.round - FLAT_ROUNDS + 1),
         )
+
+    def _found_since(self, number: int) -> dict[str, int]:
+        """Return how many tiles of each class the rounds from `number` on brought, audit excluded."""
+        decided = self.state.decisions.values()
+        brought = Counter(one.label for one in decided if one.round >= max(0, number) and one.share != AUDIT)
+        return {label: brought[label] for label in self.labels}
 
     def close(self) -> None:
         """Let go of the file."""

@@ -5,10 +5,11 @@ the head is wrong. The other shares take what it left:
 
     uncertain  smallest margin between the two most probable classes; of the three times as many least sure, those
                farthest apart, so that a queue is not one tile many times (Zhdanov 2019, arXiv 1901.05954)
-    hard       where the next false alarm would be: the class probability times the similarity to a tile whose
-               proposed class was turned down; before there is one, the most probable tiles of the rarest class
+    hard       where the next false alarm would be: half are the tiles that the head is surest are of the rarest class
+               (false alarms, or finds), half those with the largest class probability times similarity to a tile whose
+               proposed class was turned down; before there is one, all are of the first kind
     diverse    greedy k-centre: the tile farthest from all that is labelled or queued, again and again (Gonzalez 1985,
-               Theor. Comput. Sci. 38:293; Sener & Savarese, ICLR 2018)
+               Theoretical Computer Science 38:293; Sener & Savarese, ICLR 2018)
     audit      a uniform random sample
 
 All similarities are cosines of features that were centred and scaled over the pool (`directions`).
@@ -176,7 +177,8 @@ def build_queue(
 
     take(np.sort(rng.choice(np.flatnonzero(open_), counts["audit"], replace=False)), "audit")
     alarm = false_alarm_scores(unit, probability, known)
-    take(_largest(alarm, open_, counts["hard"]), "hard")
+    take(_largest(probability[:, known.rarest], open_, counts["hard"] // 2), "hard")
+    take(_largest(alarm, open_, counts["hard"] - counts["hard"] // 2), "hard")
     unsure = _largest(-margins(probability), open_, SPREAD * counts["uncertain"])
     take(farthest(unit, unsure, from_rows=unsure[:0], k=counts["uncertain"]), "uncertain")
     rows = np.flatnonzero(open_)

@@ -48,20 +48,27 @@ class StopAdvice:
 
 
 def stop_advice(
-    wrong: npt.NDArray[np.bool_], patient: Array, *, labels: Mapping[str, int], per_class: Mapping[str, int]
+    wrong: npt.NDArray[np.bool_],
+    patient: Array,
+    *,
+    labels: Mapping[str, int],
+    per_class: Mapping[str, int],
+    found: Mapping[str, int],
 ) -> StopAdvice:
     """Return whether the error on the audit has been flat for `FLAT_ROUNDS` rounds.
 
     Flat: the heads of the last `FLAT_ROUNDS` rounds and the one before lie within `FLAT_CHANGE` in the share of audit
     tiles it gets wrong, all on the same tiles, and the interval of the whole change holds zero. Asked only with
     `LEAST_AUDIT` audit tiles and `LEAST_LABELS` labels of each class; the audit never trained, so that its error is
-    that of tiles nobody has reviewed.
+    that of tiles nobody has reviewed. Of a class with fewer than `LEAST_LABELS` audit tiles the audit says little: while
+    the last rounds still find tiles of it, the review goes on.
 
     Args:
         wrong: (R, n) which audit tiles each head got wrong, oldest first, R up to `FLAT_ROUNDS` + 1.
         patient: (n,) clusters that are resampled.
         labels: labels of each class so far.
         per_class: audit tiles of each class.
+        found: tiles of each class that the last `FLAT_ROUNDS` rounds brought, audit excluded.
     """
     n, patients = wrong.shape[1], len(np.unique(patient))
     errors = tuple(float(one.mean()) for one in wrong) if n else ()
@@ -79,14 +86,18 @@ def stop_advice(
     elif change is None:
         why = f"go on: {len(errors)} rounds had a head, needed {FLAT_ROUNDS + 1}"
     else:
-        flat = np.ptp(errors) <= FLAT_CHANGE and change.low <= 0 <= change.high
+        few = [name for name, count in per_class.items() if count < LEAST_LABELS]
+        coming = [name for name in few if found[name]]
+        flat = np.ptp(errors) <= FLAT_CHANGE and change.low <= 0 <= change.high and not coming
         why = (
             f"{'flat' if flat else 'go on'}: audit error {error.point:.3f} ({error.low:.3f} to {error.high:.3f}; "
             f"{n} tiles, {patients} patients), over {FLAT_ROUNDS} rounds {change.point:+.3f} ({change.low:+.3f} to "
             f"{change.high:+.3f})"
         )
-        few = [name for name, count in per_class.items() if count < LEAST_LABELS]
-        why += f"; says little of {', '.join(few)}: {per_class[few[0]]} audit tiles" if few else ""
+        if few:
+            name = (coming or few)[0]
+            why += f"; the audit says little of {name!r} ({per_class[name]} tiles), {FLAT_ROUNDS} rounds found "
+            why += f"{found[name]} more"
     return StopAdvice(
         stop=why.startswith("flat"),
         why=why,
