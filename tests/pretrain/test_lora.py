@@ -251,6 +251,7 @@ def test_a_run_leaves_a_merged_encoder_and_the_adapter_alone(tiles: Path, releas
     record = json.loads((outcome.out / "run.json").read_text())
     adapters = sum(v.numel() for v in load_file(adapter).values())
     assert record["trained"] == adapters
+    assert "M in adapters train" in outcome.report.read_text()
     assert record["parameters"] == adapters + sum(p.numel() for p in base.parameters())
 
 

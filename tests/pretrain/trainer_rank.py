@@ -33,12 +33,15 @@ def one_step(config: PretrainConfig, rank: int, world: int) -> dict[str, torch.T
         dist.all_reduce(parts)
     norms = {f"norm/{name}": norm.detach().clone() for name, norm in stepped.norms.items()}
     found = {"student": made.student, "teacher": made.teacher, "targets": made.targets}
+    if made.guide is not None:
+        found["moments"] = made.guide.moments
     state = {f"{of}/{k}": v.clone() for of, module in found.items() for k, v in parallel.whole_state(module).items()}
     return {"losses": parts / world, **norms, **state}
 
 
 def main(what: str, rank: int, world: int, folder: Path) -> None:
     """Do what was asked on one rank."""
+    os.chdir(folder)
     config = trainer_runs.small(folder / "tiles.npy", **RUNS[what])
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
@@ -72,11 +75,21 @@ STEP = {
     "schedule__momentum": [0.9, 0.9],
     "objective__koleo": 0.1,
 }
+LORA = {**STEP, "run__weights": "base.safetensors", "run__lora_rank": 4}
+DISTIL = {
+    **STEP,
+    "objective__method": "distil",
+    "objective__features": {"cls": 1.0, "patches": 1.0},
+    "run__teacher": "base.safetensors",
+}
 SAVED = {"budget__steps": 6, "run__save_every": 2, "watch__log_every": 2}
 RUNS = {
     "step": STEP,
     "step-ema": {**STEP, "objective__centring": "ema", "objective__own_ibot_head": False},
     "step-sharded": {**STEP, "run__shard": True},
+    "step-lora": LORA,
+    "step-lora-sharded": {**LORA, "run__shard": True},
+    "step-distil-sharded": {**DISTIL, "run__shard": True},
     "ranks": SAVED,
     "killed": SAVED,
 }

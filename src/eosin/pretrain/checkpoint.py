@@ -180,6 +180,23 @@ def load_checkpoint(path: Path, parts: Mapping[str, Part], *, config: PretrainCo
     return Restored(step=about["step"], budget=Budget(**about["budget"]), ranks=about["ranks"], exact=same)
 
 
+def read_part(path: Path, start: str) -> dict[str, Tensor]:
+    """Return the whole tensors of a checkpoint whose names begin with `start`, under the rest of their names.
+
+    Args:
+        path: of one checkpoint.
+        start: such as "teacher/dino.".
+
+    Raises:
+        CheckpointError: not a checkpoint, or damaged.
+    """
+    forms = {name: form for name, form in _read_about(path)["tensors"].items() if name.startswith(start)}
+    tensors = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms.items()}
+    if tensors:
+        _read(path, tensors)
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items()}
+
+
 # What is saved.
 
 

@@ -56,12 +56,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureConfig:
+    """Regression of a frozen teacher's tokens, standardised in each dimension, by a linear layer on the student's.
+
+    Attributes:
+        cls: weight of the class token.
+        patches: weight of the patches; the teacher's grid is resized to the student's.
+        distance: "cosine" of each token, or "smooth_l1" of each number.
+    """
+
+    cls: float = 1.0
+    patches: float = 1.0
+    distance: Literal["cosine", "smooth_l1"] = "cosine"
+
+    def __post_init__(self) -> None:
+        """Refuse weights that train nothing."""
+        for name in ("cls", "patches"):
+            require(self, name, getattr(self, name) >= 0, "0 or more")
+        if self.cls + self.patches == 0:
+            raise ConfigError("cls and patches are both 0; one of them must teach, or leave the table out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
     """What is learned: weights of the loss parts (0 leaves one out), heads, masks.
 
     Attributes:
-        method: "dino", student and teacher; "simclr", two views of one encoder, for comparison: it uses `hidden`,
-            `bottleneck` and `temperature` only.
+        method: "dino", student and teacher, its moving average; "distil", the frozen `run.teacher` teaches instead, and
+            no patch is hidden; "simclr", two views of one encoder, for comparison: it uses `hidden`, `bottleneck` and
+            `temperature` only.
         dino: weight of the cross-entropy of the class tokens.
         ibot: weight of the cross-entropy of the masked patches.
         jepa: weight of the regression of the masked patches' features.
@@ -83,9 +106,10 @@ class ObjectiveConfig:
         adversary: what the features should forget, or None.
         adversary_strength: greatest strength of the reversed gradient; 0 only measures.
         anchor: what they should keep beside it, or None.
+        features: with "distil", what of the teacher's features is regressed, or None.
     """
 
-    method: Literal["dino", "simclr"] = "dino"
+    method: Literal["dino", "distil", "simclr"] = "dino"
     dino: float = 1.0
     ibot: float = 1.0
     jepa: float = 0.0
@@ -107,6 +131,7 @@ class ObjectiveConfig:
     adversary: Literal["slide", "site", "scanner"] | None = None
     adversary_strength: float = 0.1
     anchor: Literal["organ", "site"] | None = None
+    features: FeatureConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse weights and sizes that train nothing."""
@@ -123,6 +148,12 @@ class ObjectiveConfig:
         require(self, "mask_ratio", 0 < low <= high <= 1, "a smaller and a larger share, above 0 and at most 1")
         if self.method == "dino" and self.dino + self.ibot + self.jepa == 0:
             raise ConfigError("dino, ibot and jepa are all 0; one of them must teach")
+        if self.method == "distil" and self.dino + self.ibot == 0 and self.features is None:
+            raise ConfigError("dino and ibot are 0 and there is no table features; one of them must teach")
+        if self.method == "distil" and self.jepa + self.gram > 0:
+            raise ConfigError('jepa and gram learn from an average of the student itself; with "distil" set them to 0')
+        if self.method != "distil" and self.features is not None:
+            raise ConfigError(f'features are learned with method = "distil", not {self.method!r}')
         if self.anchor is not None and self.anchor == self.adversary:
             raise ConfigError(f"anchor and adversary are both {self.anchor!r}; features cannot keep and forget it")
 
@@ -195,6 +226,8 @@ class RunConfig:
         compile: whether the encoder is compiled.
         shard: whether several ranks share the parameters (FSDP2) or each hold them all (DDP).
         weights: encoder to start from, a name or a file; None starts from random numbers.
+        teacher: with `objective.method = "distil"`, the frozen encoder: a name, a file, or the folder of a run of
+            `eosin pretrain`, whose heads come with it.
         lora_rank: of low-rank adapters on `weights`, which then stand still; None and 0 train all weights.
         lora_alpha: the adapters count lora_alpha / lora_rank; None: 1.
         lora_targets: linears that are adapted; None: queries and values.
@@ -209,6 +242,7 @@ class RunConfig:
     compile: bool = False
     shard: bool = False
     weights: str | None = None
+    teacher: str | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[Target, ...] | None = None
@@ -286,6 +320,11 @@ class PretrainConfig:
             raise ConfigError(f"data.sample.tile_px is {tile}; {what}")
         if self.schedule.warm_start and self.run.weights is None:
             raise ConfigError("schedule.warm_start is true, but run.weights is not given: nothing is warm")
+        if (self.objective.method == "distil") != (self.run.teacher is not None):
+            raise ConfigError(
+                f"objective.method is {self.objective.method!r} and run.teacher {self.run.teacher or 'not given'}; "
+                'a distillation needs method = "distil" and a teacher, and nothing else has one'
+            )
         if (self.run.lora_rank or 0) > self.model.dim:
             raise ConfigError(f"run.lora_rank is {self.run.lora_rank}; the weights have rank {self.model.dim} at most")
         spread = self.objective.koleo + self.objective.kde > 0 or self.objective.method == "simclr"

@@ -18,12 +18,13 @@ from eosin.pretrain import ema
 from eosin.pretrain.adversary import reversal_ramp
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.groups import apply_values, parameter_groups
-from eosin.pretrain.inputs import DROPOUT, STEP, WEIGHTS, seed_of
+from eosin.pretrain.guide import Guide, load_guide
+from eosin.pretrain.inputs import DROPOUT, STEP, TEACHER, WEIGHTS, seed_of
 from eosin.pretrain.layouts import load_weights
 from eosin.pretrain.lora import add_adapters
 from eosin.pretrain.model import VisionTransformer
 from eosin.pretrain.objective import Branch, Crops, Seen, Student, Targets, loss_parts, loss_weights
-from eosin.pretrain.parallel import clip, data_parallel, put_away, shard, without_sync
+from eosin.pretrain.parallel import blocks_of, clip, data_parallel, put_away, shard, without_sync
 from eosin.pretrain.ranks import rank, world_size
 from eosin.pretrain.schedules import StepValues, step_values
 
@@ -38,7 +39,8 @@ class Engine:
         device: where all is.
         student: without wrappers.
         forward: the student as it is called: itself, or data-parallel.
-        teacher: the moving average of the student's branch.
+        teacher: the moving average of the student's branch, which comes out in the end.
+        guide: the frozen teacher that teaches instead of it in a distillation; or None.
         targets: makes its logits distributions.
         anchor: of Gram, an earlier teacher's encoder; or None.
         optimizer: AdamW.
@@ -51,6 +53,7 @@ class Engine:
     student: Student
     forward: nn.Module
     teacher: Branch
+    guide: Guide | None
     targets: Targets
     anchor: VisionTransformer | None
     optimizer: torch.optim.Optimizer
@@ -59,7 +62,8 @@ class Engine:
     def parts(self) -> dict[str, Any]:
         """Return all that a checkpoint must hold, by name."""
         found = {"student": self.student, "teacher": self.teacher, "targets": self.targets, "optimizer": self.optimizer}
-        return found if self.anchor is None else {**found, "anchor": self.anchor}
+        others = {"anchor": self.anchor, "moments": None if self.guide is None else self.guide.moments}
+        return {**found, **{name: part for name, part in others.items() if part is not None}}
 
     def autocast(self) -> torch.autocast:
         """Return the context of the matrix products' precision."""
@@ -81,12 +85,14 @@ def build(config: PretrainConfig, *, classes: Mapping[str, int], steps: int, dev
         device: where all will be.
 
     Raises:
-        ConfigError: sharding without ranks, or bf16 on a GPU that lacks it.
+        ConfigError: sharding without ranks, bf16 on a GPU that lacks it, or a teacher that does not fit the views.
         WeightsError: weights of another shape.
     """
     _check_place(config, device)
     torch.manual_seed(seed_of(config.run.seed, WEIGHTS))
-    student = Student(config, classes)
+    distilled = config.objective.method == "distil"
+    guide = load_guide(config, seed_of(config.run.seed, TEACHER)) if distilled else None
+    student = Student(config, classes, teacher_dim=0 if guide is None else guide.spec.width)
     if config.run.weights is not None:
         start_from(student.branch.encoder, config)
     if config.run.lora is not None:
@@ -94,14 +100,13 @@ def build(config: PretrainConfig, *, classes: Mapping[str, int], steps: int, dev
     student.to(device)
     teacher = ema.make_teacher(student.branch)
     anchor = ema.make_teacher(teacher.encoder) if config.objective.method == "dino" and config.objective.gram else None
-    copies = [module for module in (teacher, anchor) if module is not None]
-    if config.run.compile:
-        for module in (student.branch, *copies):
-            encoder = module.encoder if isinstance(module, Branch) else module
-            for block in encoder.blocks:
+    others = [module for module in (teacher, anchor, guide) if module is not None]
+    for module in (student, *others):
+        module.to(device)
+        if config.run.compile:
+            for block in blocks_of(module):
                 block.compile()
-    if config.run.shard:
-        for module in (student, *copies):
+        if config.run.shard:
             shard(module, device)
     heads = {name: module for name, module in student.parts().items() if name != "encoder"}
     groups = parameter_groups(
@@ -117,6 +122,7 @@ def build(config: PretrainConfig, *, classes: Mapping[str, int], steps: int, dev
         student=student,
         forward=student if config.run.shard else data_parallel(student),
         teacher=teacher,
+        guide=guide,
         targets=Targets(config.objective).to(device),
         anchor=anchor,
         optimizer=torch.optim.AdamW(
@@ -172,7 +178,8 @@ class Stepped(NamedTuple):
         parts: unweighted parts of the loss on this rank, mean over the micro-steps; "total" is the weighted sum.
         norms: of the gradient of the encoder and of each head, before clipping.
         values: of the schedules.
-        cls: (B, D) the teacher's class tokens of one view of each tile of the last micro-step (SimCLR: the student's).
+        cls: (B, D) the teacher's class tokens of one view of each tile of the last micro-step; the student's where
+            there is no teacher of its kind.
         targets: the teacher's distributions of the last micro-step.
     """
 
@@ -200,7 +207,7 @@ def optimiser_step(engine: Engine, step: int, crops_of: Callable[[int], Crops]) 
     totals, seen, targets = _gather_gradients(engine, step, values, crops_of)
     norms = {name: clip(module, config.optimizer.clip) for name, module in engine.student.parts().items()}
     engine.optimizer.step()
-    ema.update(engine.pairs, momentum=values.momentum if config.objective.method == "dino" else 0.0)
+    ema.update(engine.pairs, momentum=values.momentum if config.objective.method != "simclr" else 0.0)
     return Stepped(totals, norms, values, seen.cls.detach().chunk(2)[0], targets)
 
 
@@ -237,8 +244,8 @@ def _micro_step(
     strength = reversal_ramp(step, engine.steps, maximum=of.adversary_strength) if crops.factors else 0.0
     teacher, targets, anchor = None, {}, None
     with engine.autocast():
-        if of.method == "dino":
-            teacher, targets = _teach(engine, crops, values.temperature)
+        if of.method != "simclr":
+            teacher, targets = (_teach if engine.guide is None else _guide)(engine, crops, values.temperature)
         if engine.anchor is not None and step >= engine.gram_from:
             with torch.no_grad():
                 anchor = engine.anchor(crops.images[:1])[0].patches
@@ -247,7 +254,7 @@ def _micro_step(
     parts = loss_parts(of, crops, student, teacher, targets, anchor)
     weights = loss_weights(of)
     parts["total"] = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
-    return parts, teacher or student[0], targets
+    return parts, student[0] if teacher is None or engine.guide is not None else teacher, targets
 
 
 @torch.no_grad()
@@ -261,3 +268,13 @@ def _teach(engine: Engine, crops: Crops, temperature: float) -> tuple[Seen, dict
     if seen.masked_logits is not None:
         targets["ibot"] = engine.targets("ibot", seen.masked_logits, temperature)
     return seen, targets
+
+
+@torch.no_grad()
+def _guide(engine: Engine, crops: Crops, temperature: float) -> tuple[Seen, dict[str, Tensor]]:
+    """Return the standardised tokens of the frozen teacher for the global crops, and its targets."""
+    assert engine.guide is not None
+    seen = engine.guide(crops.images[0], crops.places)
+    put_away(engine.guide)
+    targets = {name: engine.targets(name, logits, temperature) for name, logits in seen.logits.items()}
+    return Seen(seen.cls, seen.patches, None, (), None), targets

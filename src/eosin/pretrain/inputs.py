@@ -22,7 +22,7 @@ from eosin.pretrain.sources import AnySource, SlideSource
 from eosin.pretrain.tilesource import TileConfig, TileSource
 from eosin.pretrain.views import make_views
 
-WEIGHTS, VIEWS, MASKS, STEP, DROPOUT = range(5)
+WEIGHTS, VIEWS, MASKS, STEP, DROPOUT, TEACHER = range(6)
 """What a seed is for; each has a stream of its own."""
 
 
@@ -168,7 +168,7 @@ def make_crops(
     views = make_views(tiles, config.views, torch.Generator().manual_seed(seed_of(seed, VIEWS, *address)))
     images = [torch.cat(part) for part in (views.global_, views.local) if part]
     hidden = places = None
-    if of.method == "dino" and (of.ibot or of.jepa):
+    if of.method != "simclr" and (of.ibot or of.jepa):
         masks = block_masks(
             len(images[0]),
             config.views.global_px // config.model.patch_px,

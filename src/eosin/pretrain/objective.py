@@ -12,6 +12,7 @@ from eosin.errors import ConfigError
 from eosin.pretrain import losses
 from eosin.pretrain.adversary import AdversaryHead, adversary_loss
 from eosin.pretrain.config import ObjectiveConfig, PretrainConfig
+from eosin.pretrain.guide import feature_loss
 from eosin.pretrain.heads import ProjectionHead, mlp
 from eosin.pretrain.model import VisionTransformer
 
@@ -25,7 +26,8 @@ class Crops(NamedTuple):
     Attributes:
         images: (2 B, 3, g, g) both global crops, the first of every tile before the second; then (L B, 3, l, l) the
             local ones if there are any.
-        hidden: bool (2 B, N), the patches the student does not see; None without masks.
+        hidden: bool (2 B, N), the patches that iBOT and JEPA learn from, which the student does not see (it does when
+            it is distilled); None without.
         places: int64 (M,) where `hidden` is True, counted over all crops.
         factors: class of each tile, int64 (B,), -1 unknown, by head ("adversary", "anchor").
     """
@@ -61,11 +63,11 @@ class Branch(nn.Module):
         super().__init__()
         of = config.objective
         self.encoder = VisionTransformer(config.model)
-        distils = of.method == "dino"
-        self.dino = _head(config) if distils and of.dino else None
+        taught = of.method != "simclr"
+        self.dino = _head(config) if taught and of.dino else None
         own = of.own_ibot_head or self.dino is None
-        self.ibot = _head(config) if distils and of.ibot and own else None
-        self.shared = distils and of.ibot > 0 and not own
+        self.ibot = _head(config) if taught and of.ibot and own else None
+        self.shared = taught and of.ibot > 0 and not own
 
     def forward(
         self, images: list[Tensor], masks: list[Tensor | None] | None, places: Tensor | None, tiles: int
@@ -94,17 +96,22 @@ class Student(nn.Module):
     Args:
         config: of the run.
         classes: of the factor of each of "adversary" and "anchor" that is wanted.
+        teacher_dim: width of the tokens of a frozen teacher, 0 without one.
     """
 
-    def __init__(self, config: PretrainConfig, classes: Mapping[str, int]) -> None:
+    def __init__(self, config: PretrainConfig, classes: Mapping[str, int], *, teacher_dim: int = 0) -> None:
         super().__init__()
         of, dim = config.objective, config.model.dim
         self.branch = Branch(config)
+        self.masks = of.method == "dino"
         own: dict[str, nn.Module] = {}
         if of.method == "simclr":
             own["simclr"] = mlp(dim, of.hidden, of.bottleneck, layers=2)
         elif of.jepa:
             own["jepa"] = mlp(dim, of.hidden, dim, layers=2)
+        for name, weight in feature_weights(of).items():
+            if weight:
+                own[name] = nn.Linear(dim, teacher_dim)
         for at, (name, count) in enumerate(classes.items()):
             own[name] = AdversaryHead(dim, count, anchor=name == "anchor", seed=config.run.seed + at)
         self.own = nn.ModuleDict(own)
@@ -119,14 +126,16 @@ class Student(nn.Module):
             strength: of the gradient that goes back from the factor heads.
             generator: of their dropout.
         """
-        masks = [crops.hidden, *[None] * (len(crops.images) - 1)]
+        masks = [crops.hidden if self.masks else None, *[None] * (len(crops.images) - 1)]
         seen = self.branch(crops.images, masks, crops.places, len(crops.images[0]) // 2)
         out: dict[str, Tensor] = {}
         for name, head in self.own.items():
             if name in FACTOR_HEADS:
                 out[name] = head(seen.cls, strength=strength, generator=generator)
+            elif name == "feature_patches":
+                out[name] = head(seen.patches.flatten(0, 1))
             else:
-                out[name] = head(seen.cls if name == "simclr" else seen.masked)
+                out[name] = head(seen.masked if name == "jepa" else seen.cls)
         return seen, out
 
     def parts(self) -> dict[str, nn.Module]:
@@ -151,12 +160,19 @@ class Targets(nn.Module):
         return losses.sinkhorn_knopp(logits, temperature)
 
 
+def feature_weights(config: ObjectiveConfig) -> dict[str, float]:
+    """Return the weights of the regression of a teacher's tokens; 0 without."""
+    of = config.features
+    return {} if of is None else {"feature_cls": of.cls, "feature_patches": of.patches}
+
+
 def loss_weights(config: ObjectiveConfig) -> dict[str, float]:
     """Return the weight of every part of the loss that is not left out."""
     if config.method == "simclr":
         weights = {"simclr": 1.0, "koleo": 0.0, "kde": 0.0}
     else:
         weights = {name: getattr(config, name) for name in ("dino", "ibot", "jepa", "koleo", "kde", "gram")}
+        weights |= feature_weights(config)
     weights |= {name: 1.0 for name in FACTOR_HEADS if getattr(config, name) is not None}
     return {name: weight for name, weight in weights.items() if weight > 0}
 
@@ -175,7 +191,7 @@ def loss_parts(
         config: the objective.
         crops: of this micro-step.
         student: what `Student.forward` gave.
-        teacher: what the teacher's `Branch` saw of the whole global crops; None with SimCLR.
+        teacher: what the teacher saw of the whole global crops, standardised when it is frozen; None with SimCLR.
         targets: its targets by name, (2 B, K) "dino" and (M, K) "ibot".
         anchor: patches (2 B, N, D) of the Gram anchor, or None while there is none.
     """
@@ -192,9 +208,13 @@ def loss_parts(
         )
     if "jepa" in out and teacher is not None and teacher.masked is not None and crops.hidden is not None:
         found["jepa"] = losses.jepa_loss(out["jepa"], teacher.masked, crops.hidden)
-    if config.method == "dino" and config.koleo:
+    for name in feature_weights(config):
+        if name in out and teacher is not None and config.features is not None:
+            target = teacher.cls if name == "feature_cls" else teacher.patches.flatten(0, 1)
+            found[name] = feature_loss(out[name], target, distance=config.features.distance)
+    if config.method != "simclr" and config.koleo:
         found["koleo"] = sum((losses.koleo(z) for z in views), torch.zeros((), device=seen.cls.device))
-    if config.method == "dino" and config.kde:
+    if config.method != "simclr" and config.kde:
         kernel = (losses.kde(z, kappa=config.kde_kappa) for z in views)
         found["kde"] = sum(kernel, torch.zeros((), device=seen.cls.device))
     if anchor is not None:
@@ -213,15 +233,15 @@ def check_batch(config: PretrainConfig, world: int) -> None:
     """
     of, batch = config.objective, config.batch_of_rank(world)
     where = f"run.batch is {config.run.batch}" + (f" on {world} ranks, {batch} a rank" if world > 1 else "")
-    distils = of.method == "dino"
-    if distils and of.centring == "sinkhorn" and config.run.batch < 2:
+    taught = of.method != "simclr"
+    if taught and (of.dino or of.ibot) and of.centring == "sinkhorn" and config.run.batch < 2:
         raise ConfigError(
             f"{where}; Sinkhorn-Knopp spreads the rows of a batch over prototypes, and would drive the two views of "
             'one tile apart: give 2 or more, or objective.centring = "ema"'
         )
-    if (of.koleo or of.kde or not distils) and config.run.batch < 2:
+    if (of.koleo or of.kde or not taught) and config.run.batch < 2:
         raise ConfigError(f"{where}; KoLeo, KDE and SimCLR compare tiles: give 2 or more, or set their weights to 0")
-    if not (distils and (of.ibot or of.jepa)):
+    if not (taught and (of.ibot or of.jepa)):
         return
     if int(2 * batch * of.mask_share) < 1:
         raise ConfigError(

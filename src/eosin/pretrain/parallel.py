@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eosin.errors import ConfigError
-from eosin.pretrain.model import Block
 from eosin.pretrain.ranks import world_size
 
 
@@ -58,9 +57,15 @@ def shard(module: nn.Module, device: torch.device) -> None:
     does the rest.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
-    for block in [part for part in module.modules() if isinstance(part, Block)]:
+    for block in blocks_of(module):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return the blocks of every vision transformer in a module, our own and timm's."""
+    parents = [part for part in module.modules() if isinstance(getattr(part, "blocks", None), nn.Module)]
+    return [block for parent in parents for block in parent.get_submodule("blocks").children()]
 
 
 def data_parallel(module: nn.Module) -> nn.Module:

@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from eosin.errors import ConfigError
 from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.guide import Guide, sketch_guide
 from eosin.pretrain.lora import add_adapters
 from eosin.pretrain.model import ModelConfig
-from eosin.pretrain.objective import Branch, Student
+from eosin.pretrain.objective import Branch, Student, feature_weights
+from eosin.pretrain.parallel import put_away
 from eosin.pretrain.schedules import Budget, resolve_budget
 
 BACKWARD = 3
@@ -29,7 +32,8 @@ class Plan:
         lr: peak learning rate after the rule of the batch.
         batch_of_rank: tiles of one micro-step on one rank.
         world: ranks.
-        parameters: numbers that are trained, "encoder" and "heads"; with adapters also "frozen", which are not.
+        parameters: numbers that are trained, "encoder" and "heads"; those that are not, "frozen" with adapters and
+            "teacher" in a distillation.
         flops_per_image: operations for one tile of the training set (a multiplication and an addition are two), by
             part: "teacher", "student", "heads", "anchor". Stochastic depth is credited; norms, softmax, views and the
             optimiser are not counted.
@@ -76,7 +80,12 @@ class Plan:
 
 
 def plan(
-    config: PretrainConfig, *, world: int = 1, seconds_per_step: float | None = None, tflops: float | None = None
+    config: PretrainConfig,
+    *,
+    world: int = 1,
+    seconds_per_step: float | None = None,
+    tflops: float | None = None,
+    guide: Guide | None = None,
 ) -> Plan:
     """Return the cost of a run.
 
@@ -87,16 +96,20 @@ def plan(
         tflops: else the rate that one device is taken to sustain, in 1e12 operations a second. Reported runs sustain
             about a third of an A100's 312 in bf16 with ViT-L and g, a quarter of an H100's 989, and 5 to 11 % of it
             with ViT-S, where views and reading are the limit.
+        guide: the frozen teacher of a distillation where it is at hand; None looks it up.
 
     Raises:
         ConfigError: a batch that the ranks do not divide, or a rate that is not positive.
+        WeightsError: the teacher of a distillation is a file that cannot be read.
     """
     for name, value in (("seconds_per_step", seconds_per_step), ("tflops", tflops)):
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}; it must be above 0")
     batch = config.batch_of_rank(world)
-    parameters = _parameters(config)
-    flops = _flops_per_image(config, batch)
+    if config.objective.method == "distil" and guide is None:
+        guide = sketch_guide(config)
+    parameters = _parameters(config, guide)
+    flops = _flops_per_image(config, batch, guide)
     seconds, source = seconds_per_step, "a measured step"
     if seconds is None and tflops is not None:
         seconds = sum(flops.values()) * config.images_per_step / (tflops * 1e12 * world)
@@ -134,9 +147,9 @@ def forward_flops(model: ModelConfig, side_px: int) -> dict[str, float]:
 
 
 def masked_patches(config: PretrainConfig) -> float:
-    """Return the expected masked patches of one tile's two global crops; 0 if nothing is masked."""
+    """Return the expected patches that masks pick of one tile's two global crops; 0 without."""
     of = config.objective
-    if of.method != "dino" or not (of.ibot or of.jepa):
+    if of.method == "simclr" or not (of.ibot or of.jepa):
         return 0.0
     ratio = sum(of.mask_ratio) / 2
     return 2 * of.mask_share * ratio * (config.views.global_px // config.model.patch_px) ** 2
@@ -150,27 +163,30 @@ def _budget(config: PretrainConfig, seconds: float | None) -> Budget:
     return resolve_budget(images_per_step=config.images_per_step, **limits)
 
 
-def _parameters(config: PretrainConfig) -> dict[str, int]:
+def _parameters(config: PretrainConfig, guide: Guide | None = None) -> dict[str, int]:
     with torch.device("meta"):
-        student = Student(config, {})
+        student = Student(config, {}, teacher_dim=1 if guide is None else guide.spec.width)
         if config.run.lora is not None:
             add_adapters(student.branch.encoder, config.run.lora)
     encoder = list(student.branch.encoder.parameters())
     trained = sum(p.numel() for p in encoder if p.requires_grad)
     heads = sum(p.numel() for p in student.parameters()) - sum(p.numel() for p in encoder)
     found = {"encoder": trained, "heads": heads}
-    return found if config.run.lora is None else {**found, "frozen": sum(p.numel() for p in encoder) - trained}
+    if config.run.lora is not None:
+        found["frozen"] = sum(p.numel() for p in encoder) - trained
+    return found if guide is None else {**found, "teacher": sum(p.numel() for p in guide.parameters())}
 
 
-def _flops_per_image(config: PretrainConfig, batch: int) -> dict[str, float]:
+def _flops_per_image(config: PretrainConfig, batch: int, guide: Guide | None) -> dict[str, float]:
     of, views = config.objective, config.views
     whole, local = (_trained_flops(config, side) for side in (views.global_px, views.local_px))
     glob = sum(forward_flops(config.model, views.global_px).values()) + _adapter_flops(config, views.global_px)
     trained = 2 * _thinned(config, whole, 2 * batch)
     if views.local_crops:
         trained += views.local_crops * _thinned(config, local, views.local_crops * batch)
-    found = {"teacher": 2 * glob if of.method == "dino" else 0.0, "student": trained}
-    found["heads"] = _head_flops(config)
+    teacher = 2 * glob if of.method == "dino" else 0.0
+    found = {"teacher": teacher if guide is None else 2 * _guide_flops(config, guide), "student": trained}
+    found["heads"] = _head_flops(config, guide)
     if of.method == "dino" and of.gram:
         patches = (views.global_px // config.model.patch_px) ** 2
         cosines = 2 * 2 * patches**2 * config.model.dim
@@ -211,16 +227,34 @@ def _thinned(config: PretrainConfig, flops: dict[str, float], crops: int) -> flo
     return flops["blocks"] * kept + flops["embedding"]
 
 
-def _head_flops(config: PretrainConfig) -> float:
+def _guide_flops(config: PretrainConfig, guide: Guide) -> float:
+    """Return the operations of a frozen teacher's network for one global crop, as torch counts them."""
+    side, at = config.views.global_px, next(guide.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        guide.backbone(torch.zeros(1, 3, side, side, device=at))
+    put_away(guide)
+    return float(counter.get_total_flops())
+
+
+def _head_flops(config: PretrainConfig, guide: Guide | None) -> float:
     of, dim = config.objective, config.model.dim
     if of.method == "simclr":
         return BACKWARD * 2 * 2 * (dim * of.hidden + of.hidden * of.bottleneck)
     row = 2 * (dim * of.hidden + of.hidden**2 + of.hidden * of.bottleneck + of.bottleneck * of.prototypes)
-    rows = (BACKWARD * (2 + config.views.local_crops) + 2) if of.dino else 0
+    own = 1 if guide is None else 0  # a frozen teacher has heads of its own
+    rows = (BACKWARD * (2 + config.views.local_crops) + 2 * own) if of.dino else 0
     masked = masked_patches(config)
-    patch_rows = (BACKWARD + 1) * masked if of.ibot else 0
+    patch_rows = (BACKWARD + own) * masked if of.ibot else 0
     predictor = BACKWARD * masked * 2 * 2 * dim * of.hidden if of.jepa else 0
-    return (rows + patch_rows) * row + predictor
+    total = (rows + patch_rows) * row + predictor
+    if guide is None:
+        return total
+    for name, head in guide.heads.items():
+        products = 2 * sum(p.numel() for key, p in head.named_parameters() if p.ndim == 2 and "_g" not in key)
+        total += products * (2 if name == "dino" else masked)
+    tokens = {"feature_cls": 2, "feature_patches": 2 * (config.views.global_px // config.model.patch_px) ** 2}
+    regressed = sum(tokens[name] for name, weight in feature_weights(of).items() if weight)
+    return total + BACKWARD * regressed * 2 * dim * guide.spec.width
 
 
 def _memory(config: PretrainConfig, parameters: dict[str, int], batch: int, world: int) -> dict[str, float]:
@@ -230,7 +264,7 @@ def _memory(config: PretrainConfig, parameters: dict[str, int], batch: int, worl
         teacher = sum(p.numel() for p in Branch(config).parameters())
     frozen, trained = parameters.get("frozen", 0), parameters["encoder"] + parameters["heads"]
     teacher += parameters["encoder"] if frozen else 0  # its adapters
-    anchor = parameters["encoder"] + frozen if of.method == "dino" and of.gram else 0
+    others = parameters["encoder"] + frozen if of.method == "dino" and of.gram else parameters.get("teacher", 0)
     ranks = world if config.run.shard else 1
     half = config.run.precision == "bf16"
     masked = masked_patches(config)
@@ -238,9 +272,9 @@ def _memory(config: PretrainConfig, parameters: dict[str, int], batch: int, worl
     student_rows = (views if of.dino else 0) + (masked if of.ibot else 0)
     teacher_rows = (2 if of.dino else 0) + (masked if of.ibot else 0)
     # In float32: of the student logits, log-probabilities and their gradient; of the teacher logits and targets.
-    logits = batch * of.prototypes * 4 * (3 * student_rows + 2 * teacher_rows) if of.method == "dino" else 0
+    logits = batch * of.prototypes * 4 * (3 * student_rows + 2 * teacher_rows) if of.method != "simclr" else 0
     return {
-        "weights": 4.0 * (trained + frozen + teacher + anchor) / ranks + (2.0 * (trained + frozen) if half else 0),
+        "weights": 4.0 * (trained + frozen + teacher + others) / ranks + (2.0 * (trained + frozen) if half else 0),
         "optimiser": 12.0 * trained / ranks,
         "activations": float(batch * _activations(config, batch, half)),
         "logits": float(logits),

@@ -91,11 +91,13 @@ def page(out: Path) -> str:
 
 def _lead(run: Row) -> str:
     model, of = run["config"]["model"], run["config"]["objective"]
-    budget = run["budget"]
+    budget, trained = run["budget"], run.get("trained", run["parameters"])
+    methods = {"dino": "DINO", "simclr": "SimCLR", "distil": f"Distilled from {run['config']['run'].get('teacher')}"}
+    adapted = f", of which {trained / 1e6:.2g} M in adapters train" if trained < run["parameters"] else ""
     return (
-        f"{of['method'].upper() if of['method'] == 'dino' else 'SimCLR'}, ViT of width {model['dim']} and depth "
-        f"{model['depth']}, patch {model['patch_px']}, {run['parameters'] / 1e6:.1f} M parameters. {run['step']} of "
-        f"{budget['steps']} optimiser steps of {budget['images_per_step']} images; {run['status'].split(':')[0]}."
+        f"{methods[of['method']]}, ViT of width {model['dim']} and depth {model['depth']}, patch {model['patch_px']}, "
+        f"{run['parameters'] / 1e6:.1f} M parameters{adapted}. {run['step']} of {budget['steps']} optimiser steps of "
+        f"{budget['images_per_step']} images; {run['status'].split(':')[0]}."
     )
 
 

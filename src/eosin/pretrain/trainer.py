@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 ENCODER, ENCODERS, CHECKPOINTS, REPORT = "encoder.safetensors", "encoders", "checkpoints", "report.html"
 ADAPTER = "adapter.safetensors"
+TEACHER_FACTS = ("name", "weights_hash", "dim", "patch_px", "licence", "source")
 TIMED_STEPS, WARM_STEPS = 5, 2
 SETTLING_STEPS = 5000
 """Steps after the warm-up in which an encoder may still see all images alike, as an untrained one does."""
@@ -178,7 +179,8 @@ class _Run:
             self.held = held_out.read_held_out(Path(config.watch.probe), patch_px=config.model.patch_px)
         self.budget = self._budget()
         self.engine = self._build(self.budget.steps)
-        self.clock, self.flops = Clock(device), sum(plan(config, world=world_size()).flops_per_image.values())
+        cost = plan(config, world=world_size(), guide=self.engine.guide)
+        self.clock, self.flops = Clock(device), sum(cost.flops_per_image.values())
         self.remarks, self.warned = factors.remarks, False
 
     def _build(self, steps: int) -> Engine:
@@ -238,6 +240,7 @@ class _Run:
         newest = checkpoint.latest_checkpoint(self.out / CHECKPOINTS)
         if newest is None:
             return 0
+        self._check_teacher()
         rows = watch.read_log(self.out)
         restored = checkpoint.load_checkpoint(newest, self._parts(), config=self.config)
         if restored.budget.steps != self.budget.steps:
@@ -246,6 +249,17 @@ class _Run:
         self.history = [row["monitors"] for row in rows if "monitors" in row and row["step"] <= restored.step]
         log.info("resumed from step %d of %d", restored.step, restored.budget.steps)
         return restored.step
+
+    def _check_teacher(self) -> None:
+        """Refuse to go on with another teacher of the same name."""
+        guide = self.engine.guide
+        if guide is not None and (self.out / RUN).is_file():
+            was = pretrain_page.read_run(self.out)["teacher"]["weights_hash"]
+            if was != guide.spec.weights_hash:
+                raise ConfigError(
+                    f"{self.config.run.teacher} has weights {guide.spec.weights_hash[:12]}, {self.out} was begun with "
+                    f"{was[:12]}; put the old ones back, or take another --out"
+                )
 
     def _parts(self) -> dict[str, Any]:
         return {**self.engine.parts(), "source": self.source}
@@ -382,7 +396,7 @@ class _Run:
 
     def _write_run(self, status: str, step: int) -> None:
         """Write `run.json`: what ran, on what, and how it ended."""
-        encoder = self.engine.student.branch.encoder
+        encoder, guide = self.engine.student.branch.encoder, self.engine.guide
         record = {
             "status": status,
             "step": step,
@@ -391,6 +405,7 @@ class _Run:
             "identity": self.config.identity(),
             "hash": self.config.hash,
             "data": self.source.describe(),
+            "teacher": None if guide is None else {name: getattr(guide.spec, name) for name in TEACHER_FACTS},
             "remarks": list(self.remarks),
             "ranks": world_size(),
             "device": str(self.device),
