@@ -34,6 +34,8 @@ from filelock import BaseFileLock
 from eosin.errors import IndexCorruptError, IndexLockedError, IndexStoreError, MissingDependencyError
 from eosin.features.writer import fsync_folder
 from eosin.retrieval.edge_files import (
+    ROOM,
+    ROOM_TO_OPEN,
     SHARD,
     check_files,
     check_room,
@@ -116,7 +118,7 @@ class EdgeIndex(QdrantIndex):
             with _held(lock_index(path)) as lock:
                 if is_index(path) and read_manifest(path).complete:
                     raise IndexStoreError(f"{path} holds an index already; open it, or give another folder")
-                check_room(path, 0)
+                check_room(path, ROOM)
                 write_manifest(path, Manifest(spec=spec, engine=ENGINE, complete=False))
                 shutil.rmtree(path / SHARD, ignore_errors=True)  # of an attempt that was interrupted
                 (path / SHARD).mkdir()
@@ -152,7 +154,7 @@ class EdgeIndex(QdrantIndex):
             if not manifest.complete:
                 raise IndexCorruptError(f"{path} is half an index: making it was interrupted; make it again")
             check_files(path, manifest)
-            check_room(path, 0)
+            check_room(path, ROOM_TO_OPEN)
             index = cls(path, manifest, _load(engine, path), lock)
             shutil.rmtree(path / SHARD / "temp_segments", ignore_errors=True)  # of a killed optimise
             there, known = index._count(None), int(manifest.state.get("points", 0))
@@ -183,7 +185,7 @@ class EdgeIndex(QdrantIndex):
         """
         with self._writing:
             self._flush()
-            check_room(self.path, 2 * disk_bytes(self.path / SHARD))
+            check_room(self.path, ROOM + 2 * disk_bytes(self.path / SHARD))
             self._changing()
             self.shard.close()
             self._shard = None
@@ -304,7 +306,7 @@ class EdgeIndex(QdrantIndex):
         engine = _engine()
         with self._writing:
             self._changing()
-            check_room(self.path, 3 * (vectors.nbytes + _PAYLOAD_BYTES * len(ids)))
+            check_room(self.path, ROOM + 3 * (vectors.nbytes + _PAYLOAD_BYTES * len(ids)))
             for part in batches(ids, vectors, payload, max(1, BATCH_BYTES // (4 * self.spec.dim))):
                 points = [engine.Point(*point) for point in part]
                 with _errors(self.path, "store points"):

@@ -11,19 +11,20 @@ from eosin.features.writer import fsync_folder
 from eosin.retrieval.manifest import Manifest, disk_trouble
 
 SHARD = "shard"
-ROOM = 2**28  # Qdrant makes its files in steps of 32 MiB, several at once
+ROOM = 2**28  # to write: Qdrant makes its files in steps of 32 MiB, several at once
+ROOM_TO_OPEN = 2**26
 
 
-def check_room(path: Path, more: int) -> None:
-    """Raise unless the disk has room for `more` bytes and the engine's steps.
+def check_room(path: Path, needed: int) -> None:
+    """Raise unless the disk has `needed` bytes free.
 
     Raises:
         IndexStoreError: it has not; nothing was changed.
     """
     free = shutil.disk_usage(path).free
-    if free < more + ROOM:
+    if free < needed:
         raise IndexStoreError(
-            f"{path}: no space left: {free / 2**20:.0f} MiB are free, {(more + ROOM) / 2**20:.0f} MiB are needed; "
+            f"{path}: no space left: {free / 2**20:.0f} MiB are free, {needed / 2**20:.0f} MiB are needed; "
             "every point stored before is kept: make room, then run the same again"
         )
 
@@ -33,7 +34,7 @@ def sync_log(path: Path) -> None:
     folder = path / SHARD / "wal"
     try:
         for file in folder.iterdir():
-            handle = os.open(file, os.O_RDONLY)
+            handle = os.open(file, os.O_RDWR)
             try:
                 os.fsync(handle)
             finally:
@@ -71,7 +72,8 @@ def damaged(path: Path, why: str) -> IndexCorruptError:
 
 def disk_bytes(folder: Path) -> int:
     """Return what the files take on the disk: Qdrant makes them longer than what is in them."""
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    found = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum(one.st_blocks * 512 if hasattr(one, "st_blocks") else one.st_size for one in found)
 
 
 def copy_sparse(source: str, target: str) -> None:

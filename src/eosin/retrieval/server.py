@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-import httpx
 import numpy as np
 import numpy.typing as npt
 
@@ -367,6 +366,7 @@ def _connected(url: str, api_key: str | None) -> Iterator[QdrantClient]:
 @contextlib.contextmanager
 def _answers(url: str, doing: str) -> Iterator[None]:
     """Turn what the client raises into one of ours."""
+    import httpx  # which qdrant-client is made of
     from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
