@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -360,6 +362,24 @@ def test_slides_need_labels() -> None:
     unlabelled = build_sish(np.array([1], np.uint64), query, payload, spec)
     with pytest.raises(QueryError, match="no hit has a label"):
         similar_slides(unlabelled, query)
+
+
+def test_the_page_shows_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "sish.py"
+    monkeypatch.syspath_prepend(path.parent)
+    spec = importlib.util.spec_from_file_location("benchmark_sish", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    page, result = benchmark.PAGE.read_text(), json.loads(benchmark.RESULT.read_text())
+    found = benchmark.tables(result)
+    assert benchmark.rendered(page, found) == page
+    assert all(f"<!-- sish:{name} -->" in page for name in found)
+    # what is promised of candidates: the same, within 5 %, from 10,000 entries to a million
+    counts = [row["candidates"]["mean"] for row in result["growth"]]
+    assert [row["entries"] for row in result["growth"]] == [10_000, 100_000, 1_000_000]
+    assert max(counts) <= 1.05 * min(counts)
 
 
 @pytest.mark.real
