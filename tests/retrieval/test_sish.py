@@ -24,10 +24,11 @@ from eosin.errors import (
 from eosin.heads.neighbours import nearest
 from eosin.retrieval import sish_files
 from eosin.retrieval.codes import encode
+from eosin.retrieval.engines import create_index
 from eosin.retrieval.filters import All, FieldType, Is, Not
 from eosin.retrieval.manifest import Manifest, lock_index, read_manifest, write_manifest
 from eosin.retrieval.protocol import IndexSpec
-from eosin.retrieval.sish import PATIENCE, SishIndex, SishSettings, build_sish, search_sish, similar_slides
+from eosin.retrieval.sish import PATIENCE, SishIndex, SishSettings, build_sish, search_sish, similar_slides, sish_of
 from eosin.retrieval.sish_files import open_sish, save_sish
 
 Floats = npt.NDArray[np.float32]
@@ -200,6 +201,23 @@ def test_points_in_any_order_give_the_same_index() -> None:
     second = build_sish(ids[shuffle], x[shuffle], {"x": np.arange(500)[shuffle]}, spec, seed=5)
     assert same(first, second)
     assert not same(first, build_sish(ids, x, {"x": np.arange(500)}, spec, seed=6))
+
+
+def test_built_from_another_index_it_is_the_same(tmp_path: Path) -> None:
+    spec = IndexSpec(dim=12, encoder="made", fields={"site": "keyword"})
+    ids, x = np.arange(2500, dtype=np.uint64) * 3, clustered(2500, 12, 4)
+    site = np.array(["A", "B"], object)[np.arange(2500) % 2]
+    other = create_index(tmp_path / "exact", spec, engine="exact", expected=2500)
+    with pytest.raises(QueryError, match="no points"):
+        sish_of(other)
+    other.upsert(ids, x, {"site": site})
+    first = build_sish(ids[::2], x[::2], {"site": site[::2]}, spec, cells=16)
+    second = sish_of(other, where=Is("site", ("A",)), cells=16)
+    other.close()
+    assert second.spec == spec
+    assert second.ids.tolist() == first.ids.tolist()
+    np.testing.assert_array_equal(second.keys, first.keys)
+    np.testing.assert_allclose(second.vectors, first.vectors, atol=1e-6)
 
 
 def test_saved_and_opened_it_answers_the_same(index: SishIndex, tmp_path: Path) -> None:
