@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def test_the_documented_files_are_read_and_come_back(path: Path) -> None:
     assert parse_config(tomllib.loads(config.to_toml())) == config
     assert parse_config(json.loads(config.to_json())) == config
     assert config.resolve_budget().steps >= 1
+
+
+PAGE = DOCS / "pretrain.md"
+
+
+@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+def test_the_sections_shown_on_the_page_are_read(block: str) -> None:
+    shown, rest = tomllib.loads(block), tomllib.loads(SMALL)
+    parse_config({name: rest.get(name, {}) | shown.get(name, {}) for name in rest.keys() | shown.keys()})
 
 
 def test_presets_are_where_a_section_starts() -> None:
@@ -145,6 +155,13 @@ def test_batch_and_budget_count_all_ranks_and_micro_steps() -> None:
     assert timed.resolve_budget(seconds_per_step=1.0).steps == 36
     with pytest.raises(ConfigError, match=r"budget: 0\.01 hours are no number of steps yet"):
         timed.resolve_budget()
+
+
+def test_what_is_not_asked_for_does_not_change_the_hash() -> None:
+    """A run goes on with an eosin that knows more."""
+    identity = small().identity()
+    assert not {"teacher", "lora_rank", "lora_alpha", "lora_targets"} & identity["run"].keys()
+    assert "features" not in identity["objective"]
 
 
 def test_the_hash_is_of_what_changes_the_result() -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer_runs import crops_of, small, source, texture, write_tiles
 
 import eosin
+from eosin.encoders.checkpoints import read_facts
 from eosin.errors import ConfigError, WeightsError
 from eosin.pretrain import engine, losses
 from eosin.pretrain.config import PretrainConfig, parse_config
@@ -27,6 +28,7 @@ from eosin.pretrain.model import ModelConfig, VisionTransformer
 from eosin.pretrain.planner import plan
 from eosin.pretrain.schedules import step_values
 from eosin.pretrain.trainer import Outcome, pretrain
+from eosin.pretrain.watch import target_monitors
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {"device": "cpu", "precision": "fp32", "backend": "torch"}
@@ -301,6 +303,18 @@ def test_random_heads_follow_the_seed(tiles: Path, teacher: Path) -> None:
     assert not torch.equal(prototypes[0], one.heads["ibot"].last_layer.weight_v)
 
 
+def test_standardised_tokens_say_more_through_random_heads(tiles: Path, teacher: Path) -> None:
+    """What tells images apart is a small share of a token."""
+    config = distil(tiles, teacher, run__batch=32)
+    guide, views = load_guide(config, 0), crops_of(config).images[0]
+    told = []
+    for trained in (False, True):  # True leaves the tokens as they are
+        guide.trained = trained
+        logits = guide(views, None).logits["dino"]
+        told.append(target_monitors((logits / 0.1).softmax(-1))["information"])
+    assert told[0] > 2 * told[1]
+
+
 # A run.
 
 
@@ -324,6 +338,7 @@ def test_stopped_and_resumed_is_bit_by_bit_the_same(tiles: Path, teacher: Path, 
     assert record["teacher"]["name"] == "big"
     assert record["teacher"]["weights_hash"] == eosin.load_encoder(teacher, **PLAIN).spec.weights_hash
     assert eosin.load_encoder(whole.encoder or Path(), **PLAIN).spec.dim == 64
+    assert read_facts(whole.encoder or Path())["teacher"] == str(teacher)
     assert "Distilled from" in whole.report.read_text()
 
 

@@ -306,7 +306,3 @@ def test_settings_that_cannot_be(tiles: Path, changes: dict[str, Any], words: st
     settings = {"run__weights": "base.safetensors", "run__lora_rank": 4, "run__lora_alpha": 8.0, **changes}
     with pytest.raises(ConfigError, match=words):
         small(tiles, **settings)
-
-
-def test_without_settings_the_hash_of_a_run_is_as_before(tiles: Path) -> None:
-    assert not {name for name in small(tiles).identity()["run"] if name.startswith("lora")}

@@ -20,11 +20,14 @@ from eosin.pretrain.lora import merged
 def encoder_facts(config: PretrainConfig, *, mpp: tuple[float, ...], step: int) -> dict[str, Any]:
     """Return what a reader of the weights must know: normalisation, sizes, mpp of the training tiles, where it stands.
 
+    Also the weights that training began from, and a frozen teacher: their licences hold for what comes of them.
+
     Args:
         config: of the run.
         mpp: microns per pixel of the crops, least and greatest or the values.
         step: optimiser steps made.
     """
+    origin = {"weights": config.run.weights, "teacher": config.run.teacher}
     return {
         "dim": config.model.dim,
         "patch_px": config.model.patch_px,
@@ -37,6 +40,7 @@ def encoder_facts(config: PretrainConfig, *, mpp: tuple[float, ...], step: int) 
         "step": step,
         "images": step * config.images_per_step,
         "config_hash": config.hash,
+        **{name: value for name, value in origin.items() if value is not None},
     }
 
 
