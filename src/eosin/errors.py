@@ -192,7 +192,7 @@ class IndexUnreachableError(IndexStoreError):
 
 
 class QueryError(EosinError, ValueError):
-    """A query, filter or number of hits that the index cannot answer."""
+    """A query, filter or batch of points that an index cannot answer or take."""
 
 
 class MissingDependencyError(EosinError, ImportError):

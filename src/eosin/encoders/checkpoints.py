@@ -32,6 +32,9 @@ log = logging.getLogger("eosin.encoders")
 HF_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "clip", "clip_vision_model")
 """`model_type` of the Hugging Face configurations that are understood."""
 
+BUILTIN = Path(__file__).parent
+"""Where the weights lie that come with eosin."""
+
 FACTS = "eosin_encoder"
 """Key of a safetensors file's metadata under which `eosin pretrain` says, as JSON, what tensors cannot tell."""
 
@@ -130,14 +133,16 @@ def _check_loadable(spec: EncoderSpec) -> None:
 
 
 def _registered(spec: EncoderSpec) -> Loaded:
-    """Load the network of a spec: imported weights first, then the hub."""
+    """Load the network of a spec: imported weights first, then those that come with eosin, then the hub."""
     _check_loadable(spec)
     log.info("%s: weights %s, licence %s%s", spec.name, spec.source, spec.licence, ", gated" if spec.gated else "")
     imported = find_weights(spec.name)
+    kind, _, repo = spec.source.partition(":")
     if imported is not None:
         checkpoint = read_tensors(imported)
+    elif kind == "builtin":
+        checkpoint = read_tensors(BUILTIN / f"{repo}.safetensors")
     else:
-        kind, _, repo = spec.source.partition(":")
         repo = f"timm/{repo}" if kind == "timm" else repo
         checkpoint = read_model(partial(_get, repo, spec.name), name=spec.name, file=spec.file)
     return _fit(spec, to_timm(checkpoint))

@@ -217,6 +217,18 @@ def _not_loadable() -> Iterable[EncoderSpec]:
     )  # fmt: skip
 
 
+def _own() -> Iterable[EncoderSpec]:
+    """What comes with eosin; docs/eosin-tiny.md is its card."""
+    size = {"patch_size": 16, "embed_dim": 256, "depth": 6, "num_heads": 4, "mlp_ratio": 4.0}
+    yield EncoderSpec(
+        name=TINY, dim=256, patch_px=16, registers=4, mpp=(0.25, 0.5, 1.0, 2.0), params_m=4.99, licence=_APACHE,
+        source=f"builtin:{TINY}", arch="vit_small_patch14_dinov2", interpolation="bicubic-antialias",
+        arch_args={**size, "reg_tokens": 4, "no_embed_class": True},
+        notes=("For demos, tests and teaching: trained on two CPU cores, on 4 slides and 1,721 crops of mitoses.",),
+    )  # fmt: skip
+
+
+TINY = "eosin-tiny"
 TEXTURE = "texture"
 _TEXTURE_SPEC = EncoderSpec(
     name=TEXTURE, dim=153, patch_px=0, input_px=0, native_px=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
@@ -224,7 +236,7 @@ _TEXTURE_SPEC = EncoderSpec(
     notes=("A floor to beat: statistics of colour and texture, no training; any tile of at least 32 px.",),
 )  # fmt: skip
 
-_GROUPS = (_dinov2, _dinov3, _pathology_timm, _pathology_other, _not_loadable)
+_GROUPS = (_own, _dinov2, _dinov3, _pathology_timm, _pathology_other, _not_loadable)
 REGISTRY: dict[str, EncoderSpec] = {spec.name: spec for group in _GROUPS for spec in group()}
 REGISTRY[TEXTURE] = _TEXTURE_SPEC
 

