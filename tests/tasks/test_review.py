@@ -12,7 +12,7 @@ import pytest
 
 from eosin.errors import QueryError, StoreMismatchError
 from eosin.heads import LinearProbe
-from eosin.tasks.review import OTHER, Answer, Review
+from eosin.tasks.review import OTHER, Answer, Review, fit_head
 from eosin.tasks.review_pool import Pool
 from eosin.tasks.review_queue import Shares
 from eosin.tasks.review_state import AUDIT, Item, read_state
@@ -364,3 +364,23 @@ def test_the_audit_of_a_review_is_measured_on_heads_that_never_saw_it(tmp_path: 
         assert found.error.point == pytest.approx(wrong.mean())
         late = [one for one in review.state.decisions.values() if one.round >= 3 and one.share != AUDIT]
         assert sum(review._found_since(3).values()) == len(late) == 135
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_head_is_fitted_however_the_patients_lie(seed: int) -> None:
+    """Few patients with one class each, many with both: folds with a class missing must not stop the review."""
+    rng = np.random.default_rng(seed)
+    codes = np.array([0] * 12 + [1] * 60)
+    groups = np.concatenate([rng.integers(2 + seed, size=12), rng.integers(40, size=60)]).astype(np.str_)
+    x = (2 * codes[:, None] + rng.standard_normal((72, 4))).astype(np.float32)
+    head = fit_head(x, codes, groups)
+    assert head.c_ in (1e-3, 1e-2, 1e-1, 1.0)
+    assert (head.predict(x) == codes).mean() > 0.9
+
+
+def test_the_strength_is_chosen_once_there_are_labels_enough() -> None:
+    rng = np.random.default_rng(13)
+    codes = np.arange(200) % 2
+    x = np.column_stack([codes * 6.0, rng.standard_normal((200, 3))]) + rng.standard_normal((200, 4)) / 9
+    assert fit_head(x[:18], codes[:18], np.arange(18).astype(np.str_)).c_ == 1e-2
+    assert fit_head(x, codes, np.arange(200).astype(np.str_)).c_ == 1.0

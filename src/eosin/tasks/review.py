@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from eosin.errors import QueryError, StoreMismatchError, closest
 from eosin.heads import LinearProbe
+from eosin.heads.labels import default_splits
 from eosin.retrieval.inputs import mmr_order, mmr_pool
 from eosin.tasks.review_pool import Pool
 from eosin.tasks.review_queue import Known, Shares, build_queue, directions, farthest
@@ -406,16 +407,18 @@ def check_pool(pool: Pool, state: State, path: Path) -> None:
 def fit_head(x: Array, codes: Indices, groups: npt.NDArray[np.str_]) -> LinearProbe:
     """Return a linear head on few labels, classes weighted alike.
 
-    The strength is chosen by log loss over folds of patients once every class has `FEW` labels of as many patients as
-    there are folds (5); before that it is `C_FEW`.
+    The strength is chosen by log loss over folds of patients once every class has `FEW` labels and folds can be laid
+    with every class on both sides; before that it is `C_FEW`.
 
     Args:
         x: (m, D) features.
         codes: (m,) class indices, at least two classes.
         groups: (m,) patients.
     """
-    enough = all(
-        (codes == code).sum() >= FEW and len(np.unique(groups[codes == code])) >= 5 for code in np.unique(codes)
-    )
-    head = LinearProbe(c_grid=C_GRID if enough else (C_FEW,), class_weight="balanced", scoring="log_loss")
-    return head.fit(x, codes, groups=groups)
+    classes = np.unique(codes)
+    few = any((codes == code).sum() < FEW or len(np.unique(groups[codes == code])) < 2 for code in classes)
+    splits = [] if few else default_splits(codes, groups)
+    whole = all(len(np.unique(codes[part])) == len(classes) for split in splits for part in split)
+    grid = C_GRID if splits and whole else (C_FEW,)
+    head = LinearProbe(c_grid=grid, class_weight="balanced", scoring="log_loss")
+    return head.fit(x, codes, splits=splits)

@@ -60,8 +60,8 @@ def stop_advice(
     Flat: the heads of the last `FLAT_ROUNDS` rounds and the one before lie within `FLAT_CHANGE` in the share of audit
     tiles it gets wrong, all on the same tiles, and the interval of the whole change holds zero. Asked only with
     `LEAST_AUDIT` audit tiles and `LEAST_LABELS` labels of each class; the audit never trained, so that its error is
-    that of tiles nobody has reviewed. Of a class with fewer than `LEAST_LABELS` audit tiles the audit says little: while
-    the last rounds still find tiles of it, the review goes on.
+    that of tiles nobody has reviewed. Of a class with fewer than `LEAST_LABELS` audit tiles the audit says little:
+    while the last rounds still find tiles of it, the review goes on.
 
     Args:
         wrong: (R, n) which audit tiles each head got wrong, oldest first, R up to `FLAT_ROUNDS` + 1.
