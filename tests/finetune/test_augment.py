@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as TV
 from eosin.errors import CohortError, ConfigError, GeometryError, NonFiniteError, StainError
 from eosin.finetune import photometry
 from eosin.finetune.augment import FAMILIES, AugmentConfig, augment, stain_bank
+from eosin.finetune.augment_picture import augmentation_picture, effects, main
 from eosin.finetune.warp import affine, flip, warp
 from eosin.stain import Macenko, StainTarget, default_target
 
@@ -407,6 +408,31 @@ def test_a_config_out_of_range_is_refused(bad, match):
 def test_without_refuses_an_unknown_family():
     with pytest.raises(ConfigError, match="'blur'"):
         AugmentConfig().without("blur")
+
+
+def test_the_picture_shows_every_augmentation(tmp_path):
+    tiles = tissue(2, 40).movedim(1, -1).contiguous().numpy()
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    path = augmentation_picture(tiles, tmp_path / "out.png")
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture).astype(int)
+    assert pixels.shape == (2 * (2 * 44 + 16) + 4, 9 * 44 + 4, 3)
+    shown = [
+        pixels[4 + band * 104 + 16 : 4 + band * 104 + 56, 4 + at * 44 : 44 + at * 44]
+        for band in (0, 1)
+        for at in range(9)
+    ]
+    np.testing.assert_array_equal(shown[0], tiles[0])
+    names = list(effects(floats(2, 64), AugmentConfig(), stain_bank(tiles, ["a", "b"]), generator=seeded()))
+    assert len(names) == 18
+    for name, changed in list(zip(names, shown, strict=True))[1:-3]:  # the last three may leave the first tile alone
+        assert (changed != tiles[0]).any(), name
+    for at, cell in enumerate(paths):
+        Image.fromarray(np.tile(tiles[at], (4, 4, 1))[:128, :128]).save(cell)
+    main([str(tmp_path / "cells.jpg"), *map(str, paths)])
+    assert (tmp_path / "cells.jpg").stat().st_size > 10_000
+    with pytest.raises(CohortError, match="two tiles or more"):
+        augmentation_picture(tiles[:1], path)
 
 
 @pytest.mark.real
