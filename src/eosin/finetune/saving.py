@@ -157,7 +157,7 @@ def save_trained(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(state, temporary, metadata={"format": "pt", FACTS: json.dumps(asdict(saved), allow_nan=False)})
+        save_file(state, temporary, metadata={FACTS: json.dumps(asdict(saved), allow_nan=False)})
         replace_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
