@@ -11,7 +11,7 @@ from eosin.finetune.recipe import RECIPES, FinetuneConfig, changed_fields, get_r
 
 def test_amf_is_what_the_winners_record_says() -> None:
     amf = get_recipe("amf")
-    assert (amf.mode, amf.rank, amf.alpha, amf.dropout) == ("lora", 8, 16.0, 0.05)
+    assert (amf.adapt.mode, amf.adapt.rank, amf.adapt.alpha, amf.adapt.targets) == ("lora", 8, 16.0, ("q", "v"))
     assert (amf.lr, amf.weight_decay, amf.warmup, amf.epochs, amf.tta) == (1e-4, 0.1, 0.1, 60, "rot4")
     assert RECIPES["amf"] == amf
 
@@ -27,12 +27,11 @@ def test_changes_are_kept_and_hashed() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"mode": "qlora"}, "mode is 'qlora'"),
         ({"sampling": "none"}, "sampling is 'none'"),
         ({"tta": "rot8"}, "tta is 'rot8'"),
-        ({"rank": 0}, "rank is 0"),
+        ({"batch": 0}, "batch is 0"),
         ({"folds": 1}, "folds is 1"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"ema": 1.0}, "ema is 1.0"),
         ({"stop_share": 0.0}, "stop_share is 0"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"lr": float("nan")}, "lr is nan"),

@@ -17,11 +17,13 @@ from typing import Any, Literal, get_args
 
 from eosin.errors import ConfigError, closest
 from eosin.features.recipe import canonical_json
+from eosin.finetune.adapters import AdaptConfig
+from eosin.finetune.augment import AugmentConfig
 from eosin.finetune.losses import LossConfig
+from eosin.finetune.mix import MixConfig
 from eosin.finetune.sampler import Sampling
 from eosin.finetune.weights import WeightKind
 
-Mode = Literal["lora", "head", "last-k", "full", "vpt"]
 Tta = Literal["none", "rot4", "dihedral"]
 LeaveOut = Literal["", "domain", "scanner", "tumour", "origin", "species", "dataset"]
 
@@ -32,19 +34,15 @@ class FinetuneConfig:
 
     Attributes:
         recipe: its name.
-        mode: what is trained beside the head: "lora" (query and value of every block), "head" (nothing), "last-k"
-            (the last blocks), "full", or "vpt" (visual prompts).
-        rank: of LoRA.
-        alpha: of LoRA; its update is scaled by alpha / rank.
-        dropout: of LoRA's input, 0 to below 1.
-        last_blocks: how many blocks "last-k" trains.
-        prompts: how many prompts "vpt" adds.
+        adapt: what of the encoder trains, beside the head.
+        input_px: side of the encoder's input; 0 is the tile's own, cut to whole patches; else tiles are resized.
         checkpointing: forget activations and compute them twice, to fit a large encoder.
         loss: of training.
         domain_weights: how much a row counts by its domain.
         soft_labels: train on the share of atypical votes instead of the label.
         sampling: which rows an epoch shows; see `sampler.epoch_rows`.
-        augment: alter the training tiles at random.
+        augment: how training tiles are altered at random; None is not at all.
+        mix: how training tiles are mixed with each other; None is not at all.
         epochs: the most epochs of one fold.
         batch: tiles a step.
         lr: peak learning rate.
@@ -62,18 +60,15 @@ class FinetuneConfig:
     """
 
     recipe: str = "amf"
-    mode: Mode = "lora"
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.05
-    last_blocks: int = 2
-    prompts: int = 8
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    input_px: int = 0
     checkpointing: bool = False
     loss: LossConfig = field(default_factory=LossConfig)
     domain_weights: WeightKind = "inverse"
     soft_labels: bool = False
     sampling: Sampling = "class"
-    augment: bool = True
+    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    mix: MixConfig | None = None
     epochs: int = 60
     batch: int = 32
     lr: float = 1e-4
@@ -102,12 +97,12 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
-        for name in ("dropout", "warmup", "ema", "stop_share"):
+        for name in ("warmup", "ema", "stop_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
         if not self.stop_share > 0:
             raise ConfigError("stop_share is 0; early stopping needs cells that are not trained on, such as 0.15")
-        for name in ("lr", "alpha", "clip", "layer_decay"):
+        for name in ("lr", "clip", "layer_decay"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name} is {value}; it must be above 0")
@@ -126,7 +121,6 @@ class FinetuneConfig:
 
 _CHOICES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {
-        "mode": get_args(Mode),
         "domain_weights": get_args(WeightKind),
         "sampling": get_args(Sampling),
         "leave_out": get_args(LeaveOut),
@@ -134,7 +128,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     }
 )
 _LEAST: Mapping[str, int] = types.MappingProxyType(
-    {"rank": 1, "last_blocks": 1, "prompts": 1, "epochs": 1, "batch": 1, "patience": 1, "folds": 2, "seed": 0}
+    {"input_px": 0, "epochs": 1, "batch": 1, "patience": 1, "folds": 2, "seed": 0}
 )
 
 RECIPES: Mapping[str, FinetuneConfig] = types.MappingProxyType({"amf": FinetuneConfig()})
