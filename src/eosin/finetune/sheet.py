@@ -102,7 +102,7 @@ def draw_sheet(
     sheet = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((_MARGIN, _MARGIN - 8), title, fill=_INK, font=_font(17))
-    legend = f"P is the probability of an atypical figure, called from {threshold:.3f} on; bar {BAR_UM:g} µm"
+    legend = f"P is the probability of an atypical figure, called from {threshold:.3f} on; bar {BAR_UM:g} microns"
     pen.text((_MARGIN, _MARGIN + 14), legend, fill=_SOFT, font=_font(12))
     for at, strip in enumerate(strips):
         top = _MARGIN + 2 * _LINE + at * height

@@ -1,0 +1,157 @@
+"""What out-of-fold and external predictions say: temperature, threshold, metrics by domain, calibration by scanner.
+
+Two thresholds must not be mixed up. The ensemble that is shipped has one, chosen on all out-of-fold predictions. The
+out-of-fold numbers themselves are made with a temperature and a threshold a fold, both from the other folds alone:
+a threshold judged on the predictions it was chosen on flatters itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit
+
+from eosin.errors import PredictionsError
+from eosin.evaluation.calibration import TemperatureScaling, reliability
+from eosin.evaluation.metrics import auroc, choose_threshold, sign_warning
+from eosin.evaluation.report import Remark, plain
+from eosin.evaluation.subgroups import calibration_table, pooled_and_domains
+from eosin.finetune.cells import CellTable
+from eosin.finetune.infer import Scale, combine
+
+SCORES = ("auroc", "auprc", "brier")
+CALLS = ("ba", "sensitivity", "specificity")
+RELIABILITY_BINS = 10
+SURE_SHARE = 0.8
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """Sections of the report on one set of predictions, and what its reader must know."""
+
+    sections: dict[str, Any]
+    remarks: tuple[Remark, ...]
+
+
+def fit_scale(label: npt.ArrayLike, logits: npt.ArrayLike) -> Scale:
+    """Return temperature and threshold of least log loss and best balanced accuracy on out-of-fold predictions.
+
+    Args:
+        label: (n,) 1 = atypical.
+        logits: (n,) out of fold.
+
+    Raises:
+        PredictionsError: a cell without a prediction, or one class.
+    """
+    y, x = np.asarray(label, dtype=np.int64), np.asarray(logits, dtype=np.float64)
+    if not np.isfinite(x).all():
+        raise PredictionsError(f"{int((~np.isfinite(x)).sum())} of {len(x)} cells have no out-of-fold prediction")
+    note, temperature = "", 1.0
+    try:
+        temperature = TemperatureScaling.fit(y, expit(x)).temperature
+    except PredictionsError as error:
+        note = f"no temperature could be fitted, 1 is used: {error}"
+    threshold = choose_threshold(y, expit(x / temperature))
+    return Scale(threshold=threshold, temperature=temperature, n=len(y), note=note)
+
+
+def cross_fitted(label: npt.ArrayLike, logits: npt.ArrayLike, fold_of: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Return P(atypical) (n,) and calls (n,) in {0, 1}, each fold's with temperature and threshold of the others.
+
+    Args:
+        label: (n,) 1 = atypical.
+        logits: (n,) out of fold.
+        fold_of: (n,) in which fold a cell was tested.
+    """
+    y, x, fold = np.asarray(label), np.asarray(logits, dtype=np.float64), np.asarray(fold_of)
+    p, calls = np.empty(len(x)), np.empty(len(x))
+    for each in np.unique(fold):
+        mine = fold == each
+        scale = fit_scale(y[~mine], x[~mine])
+        p[mine] = expit(x[mine] / scale.temperature)
+        calls[mine] = p[mine] >= scale.threshold
+    return p, calls
+
+
+def evaluate(
+    cells: CellTable,
+    logits: Floats,
+    scale: Scale | None,
+    *,
+    fold_of: npt.NDArray[np.int64] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Evaluated:
+    """Return what predictions are worth: pooled, by domain, mean and worst domain; calibration by scanner.
+
+    Args:
+        cells: the cells that were predicted.
+        logits: (folds, n); (1, n) out of fold.
+        scale: of the ensemble; used where `fold_of` is not given.
+        fold_of: (n,) fold of each out-of-fold cell: calls are then cross-fitted.
+        resamples: of the bootstrap over slides.
+        seed: of the bootstrap.
+
+    Raises:
+        PredictionsError: one class, or neither scale nor folds.
+    """
+    y, slides = cells.label.astype(np.int64), cells.group_key()
+    if fold_of is not None:
+        p, calls = cross_fitted(y, logits[0], fold_of)
+    elif scale is not None:
+        p = combine(logits, temperature=scale.temperature).p
+        calls = (p >= scale.threshold).astype(np.float64)
+    else:
+        raise PredictionsError("predictions of an ensemble need its threshold and temperature")
+    domain = np.where(cells.domain == "", "unknown", cells.domain)
+    scanner = np.where(cells.scanner == "", "unknown", cells.scanner)
+    how = {"resamples": resamples, "seed": seed}
+    scores = pooled_and_domains(y, p, domain, slides, metrics=SCORES, **how)
+    called = pooled_and_domains(y, calls, domain, slides, metrics=CALLS, **how)
+    sections = {
+        "n": len(y),
+        "slides": len(np.unique(slides)),
+        "scores": scores,
+        "calls": called,
+        "calibration": calibration_table(y, p, scanner, slides, **how),
+        "reliability": _curves(y, p, scanner),
+        "uncertainty": _uncertainty(y, p, calls),
+    }
+    pooled = next(row["point"] for row in plain(called) if row["scope"] == "pooled" and row["metric"] == "ba")
+    warning = sign_warning(auroc=auroc(y, p), ba=float(pooled))
+    remarks = (Remark(kind="sign", severity="warning", message=warning),) if warning else ()
+    return Evaluated(sections=plain(sections), remarks=remarks)
+
+
+def _curves(y: npt.NDArray[np.int64], p: Floats, scanner: npt.NDArray[np.str_]) -> list[dict[str, Any]]:
+    """Return a reliability table of all cells and of each scanner."""
+    parts = [("all", np.ones(len(y), dtype=np.bool_))]
+    names = np.unique(scanner).tolist()
+    parts += [(name, scanner == name) for name in names] if len(names) > 1 else []
+    return [
+        {
+            "name": name,
+            "n": int(rows.sum()),
+            "rows": reliability(y[rows], p[rows], bins=RELIABILITY_BINS, scheme="mass"),
+        }
+        for name, rows in parts
+    ]
+
+
+def _uncertainty(y: npt.NDArray[np.int64], p: Floats, calls: Floats) -> dict[str, Any]:
+    """Return the share of wrong calls among the surest cells and among the rest, sure being far from p = 0.5."""
+    wrong = calls != y
+    order = np.argsort(-np.abs(p - 0.5), kind="stable")
+    sure = order[: round(SURE_SHARE * len(order))]
+    rest = order[len(sure) :]
+    return {
+        "sure_share": SURE_SHARE,
+        "wrong": float(wrong.mean()),
+        "wrong_sure": float(wrong[sure].mean()),
+        "wrong_rest": float(wrong[rest].mean()) if len(rest) else None,
+    }
