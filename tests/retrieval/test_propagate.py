@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from sklearn.semi_supervised import LabelSpreading
@@ -104,6 +104,7 @@ def test_an_island_without_a_label_stays_empty() -> None:
     assert found.reached == 1
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), barred=st.floats(0.1, 0.9), margin=st.floats(0, 1), purity=st.floats(0, 1))
 def test_a_test_row_is_never_labelled(seed: int, barred: float, margin: float, purity: float) -> None:
     x, y = blobs(60, 5, 2, apart=1.5, seed=seed)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eosin.errors import QueryError, StoreMismatchError
+from eosin.errors import QueryError, StoreError, StoreMismatchError
 from eosin.heads import LinearProbe
 from eosin.tasks.review import OTHER, Answer, Review, fit_head
 from eosin.tasks.review_pool import Pool
@@ -270,6 +270,18 @@ def test_another_pool_is_refused(two: tuple[Review, list[str]], tmp_path: Path) 
         Review.resume(other, path)
     with pytest.raises(StoreMismatchError, match="tiles that are not here"):
         Review.resume(make_pool(np.zeros(3, int)), path)
+    Review.resume(review.pool, path).close()
+
+
+def test_a_start_that_was_cut_short_is_told(two: tuple[Review, list[str]], tmp_path: Path) -> None:
+    review, _ = two
+    review.close()
+    path = tmp_path / "r.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]))
+    with pytest.raises(StoreError, match="2 seeds and holds 1"):
+        Review.resume(review.pool, path)
+    path.write_bytes(b"".join(lines))
     Review.resume(review.pool, path).close()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from sklearn.preprocessing import StandardScaler, normalize
@@ -52,6 +52,7 @@ def test_shares_of_fifty() -> None:
     assert Shares(uncertain=1, hard=0, diverse=0, audit=0).counts(7)["uncertain"] == 7
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 10), min_size=4, max_size=4).filter(lambda s: sum(s) > 0.01), st.integers(0, 300))
 def test_counts_add_up_and_keep_to_their_shares(parts: list[float], size: int) -> None:
     shares = Shares(uncertain=parts[0], hard=parts[1], diverse=parts[2], audit=parts[3])
@@ -83,6 +84,7 @@ def test_margins() -> None:
     np.testing.assert_allclose(margins(np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])), [0.2, 0.7])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000))
 def test_k_centre_is_within_twice_the_best(seed: int) -> None:
     """Gonzalez: the farthest-first radius is at most twice the optimum, found here by trying every subset."""
@@ -141,6 +143,7 @@ def test_each_tile_is_there_for_its_reason() -> None:
     assert first in rows["diverse"]
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     size=st.integers(1, 60),

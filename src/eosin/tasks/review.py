@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from eosin.errors import QueryError, StoreMismatchError, closest
+from eosin.errors import QueryError, StoreError, StoreMismatchError, closest
 from eosin.heads import LinearProbe
 from eosin.heads.labels import default_splits
 from eosin.retrieval.inputs import mmr_order, mmr_pool
@@ -123,7 +123,8 @@ class Review:
                 f"2 to {len(KEYS)} classes"
             )
         about = {**pool.about, "tiles": len(pool)}
-        journal = Journal.create(path, Start(labels=names, pool=about, reviewer=reviewer, seed=seed))
+        start = Start(labels=names, pool=about, reviewer=reviewer, seed=seed, seeds=len(seeds))
+        journal = Journal.create(path, start)
         made = cls(pool, journal)
         made.journal.append(*(decide_event(made._seed(row, label)) for row, label in sorted(seeds.items())))
         return made
@@ -139,7 +140,13 @@ class Review:
         journal = Journal.open(path)
         try:
             check_pool(pool, journal.state, path)
-        except StoreMismatchError:
+            there = sum(one.share == SEED for one in journal.state.decisions.values())
+            if there < journal.state.start.seeds:
+                raise StoreError(
+                    f"{path} was begun from {journal.state.start.seeds} seeds and holds {there}: its start was cut "
+                    "short; delete it and begin again"
+                )
+        except StoreError:
             journal.close()
             raise
         return cls(pool, journal)

@@ -37,12 +37,14 @@ class Start:
         pool: what the tiles were: encoder, tile_px, mpp and what else tells one pool from another.
         reviewer: whose decisions these are.
         seed: of every random draw.
+        seeds: tiles it begins from; fewer in the file mean that the start was cut short.
     """
 
     labels: tuple[str, ...]
     pool: Mapping[str, Any]
     reviewer: str
     seed: int
+    seeds: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -382,7 +384,8 @@ def _start(event: Event) -> Start:
     if event["format"] != FORMAT or event["version"] > VERSION:
         raise ValueError(f"format {event['format']!r} version {event['version']}; this eosin reads {FORMAT} {VERSION}")
     labels = tuple(event["labels"])
-    return Start(labels=labels, pool=event["pool"], reviewer=event["reviewer"], seed=event["seed"])
+    known = {name: event[name] for name in ("pool", "reviewer", "seed", "seeds")}
+    return Start(labels=labels, **known)
 
 
 def _locked(path: Path) -> FileLock:
