@@ -231,8 +231,10 @@ def merge(network: nn.Module) -> None:
         if isinstance(module, FusedLora):
             merge_fused(network.get_submodule(parent))
         else:
-            module.merge(safe_merge=True)
+            module.merge()
             setattr(network.get_submodule(parent), leaf, module.get_base_layer())
+    if "peft_config" in vars(network):
+        del network.peft_config
     network.requires_grad_(False)
 
 
