@@ -225,7 +225,7 @@ def _mean(values: Floats) -> Any:
 def camelyon(data: Path, encoder: str) -> Row:
     """Return the balanced accuracy of nearest neighbours on other slides' tiles: 89 tiles of 4 slides, a smoke test."""
     files = sorted((data / "tiles" / "camelyon16").rglob("*.png"))
-    y = np.array([int("tumor" in path.as_posix()) for path in files])
+    y = np.array([int(path.parent.name == "tumor") for path in files])
     slide = np.array(["_".join(path.stem.split("_")[:2]) for path in files])
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB").crop((16, 16, 240, 240))) for path in files])
     x, scores = features_of(encoder, pixels), np.full(len(y), np.nan)
@@ -281,6 +281,8 @@ def ablate(data: Path, tiles: Path, only: Sequence[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
                 outcome = pretrain(small_config(tiles, seed, changes), Path(folder), device="cpu")
+                if outcome.encoder is None:
+                    raise SystemExit(f"{key} was stopped; run the same command again")
                 seconds = time.perf_counter() - start
                 log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
                 found = skill(features_of(str(outcome.encoder), crops.pixels), crops)
@@ -313,7 +315,7 @@ def encoders(data: Path, named: Mapping[str, str]) -> None:
         if not encoder.endswith(".npz"):
             middle = np.ascontiguousarray(crops.pixels[:, CENTRE, CENTRE])
             keep("encoders", f"{name}, central 64 px", skill(features_of(encoder, middle), crops))
-            found["camelyon16"] = camelyon(data, encoder)
+            keep("camelyon16", name, camelyon(data, encoder))
         keep("encoders", name, found)
         told = [round(found[head][where]["point"], 3) for head in HEADS for where in ("within", "external")]
         print(name, *told, round(found["scanner"]["point"], 3), flush=True)

@@ -19,12 +19,15 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pretrain_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "eosin-tiny")))
 MARKER = re.compile(r"(?P<open><!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.S)
 
 Record = dict[str, Any]
@@ -309,6 +312,10 @@ def knn(record: Record) -> str:
     return f"{table}\n\n{facts} {origin(record)}"
 
 
+def _pretrain(name: str) -> Callable[..., str]:
+    return partial(getattr(pretrain_tables, name), markdown=markdown, origin=origin)
+
+
 TABLES: dict[str, Table] = {
     "reading": Table(("reading",), reading),
     "tissue": Table(("tissue",), tissue),
@@ -322,6 +329,14 @@ TABLES: dict[str, Table] = {
     "probe": Table(("probe",), probe),
     "bootstrap": Table(("bootstrap",), bootstrap),
     "knn": Table(("knn",), knn),
+    "pretrain-throughput": Table(("pretrain_throughput",), _pretrain("throughput")),
+    "views": Table(("views",), _pretrain("views")),
+    "sampling": Table(("sampling",), _pretrain("sampling")),
+    "tiny-skill": Table(("eosin_tiny/encoders",), _pretrain("skill")),
+    "tiny-centre": Table(("eosin_tiny/encoders",), _pretrain("centre")),
+    "tiny-camelyon": Table(("eosin_tiny/camelyon16",), _pretrain("camelyon")),
+    "tiny-ablations": Table(("eosin_tiny/ablations",), _pretrain("ablations")),
+    "tiny-labels": Table(("eosin_tiny/labels",), _pretrain("labels")),
     "results": Table(("reading", "tissue", "end_to_end", "startup"), results),
 }
 

@@ -24,6 +24,11 @@ COMMANDS = (
     "probe",
     "validate",
     "pretrain",
+    "finetune",
+    "index",
+    "search",
+    "review",
+    "hard-examples",
 )
 
 

@@ -276,3 +276,13 @@ def test_bad_arguments_are_named() -> None:
         cal.ece(y, p, bins=0)
     with pytest.raises(PredictionsError, match="NaN"):
         cal.ece(y, np.where(p < 0.2, np.nan, p))
+
+
+def test_one_cluster_has_estimates_without_intervals() -> None:
+    y, p = np.array([0, 1, 0, 1, 1, 0]), np.array([0.2, 0.4, 0.5, 0.7, 0.9, 0.3])
+    one = cal.calibration_slope_intercept(y, p, cluster=["a"] * 6)
+    rows = cal.calibration_slope_intercept(y, p)
+    assert one.slope.point == pytest.approx(rows.slope.point)
+    assert np.isnan(one.slope.low)
+    assert np.isnan(one.slope.high)
+    assert "one cluster" in one.slope.note

@@ -25,7 +25,7 @@ def call(folder: Path, *more: str) -> list[str]:
 
 
 def test_from_table_to_page(tmp_path: Path) -> None:
-    write_cells(tmp_path / "data", slides=12, external=3)
+    write_cells(tmp_path / "data", slides=30, external=3)
     write_encoder(tmp_path / "tiny.safetensors")
     options = ("--external", "dataset=other", "--epochs", "1", "--folds", "2", "--without", "all", "--tta", "none")
     done = CliRunner().invoke(app, call(tmp_path, *options))
@@ -44,7 +44,7 @@ def test_options_become_the_recipe() -> None:
     assert (config.adapt.mode, config.adapt.rank, config.adapt.alpha) == ("last", 4, 8.0)
     assert config.augment.families == ("optics", "colour", "geometry", "dropout")
     assert _config("amf", {}, mode=None, rank=None, without="all").augment is None
-    with pytest.raises(ConfigError, match="no augmentation family is called 'stains'; closest: stain"):
+    with pytest.raises(ConfigError, match="no augmentation family is called 'stains'; the closest are stain"):
         _config("amf", {}, mode=None, rank=None, without="stains")
 
 

@@ -24,6 +24,7 @@ from eosin.tasks.review_state import (
     Start,
     State,
     Verdict,
+    _kappa,
     decide_event,
     merge,
     read_state,
@@ -262,3 +263,13 @@ def test_other_tiles_or_classes_do_not_merge() -> None:
     other = State(start=replace(START, reviewer="bob", labels=("tumour", "stroma")))
     with pytest.raises(StoreMismatchError, match="stroma"):
         merge([ada, other])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=2, max_size=30))
+def test_agreement_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
+    left, right = [a for a, _ in pairs], [b for _, b in pairs]
+    if len({*left, *right}) > 1:
+        assert _kappa(pairs) == pytest.approx(cohen_kappa_score(left, right))
+    else:
+        assert _kappa(pairs) is None

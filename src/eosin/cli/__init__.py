@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from eosin.cli import encoders, evaluate, extract, look, pretrain, probe, review, search
+from eosin.cli import encoders, evaluate, extract, finetune, look, pretrain, probe, review, search
 from eosin.errors import EosinError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(look.verify)
 app.command()(look.convert)
 app.command()(probe.probe)
 app.command()(evaluate.validate)
+app.command()(finetune.finetune)
 app.command()(search.index)
 app.command()(search.search)
 app.command()(review.review)

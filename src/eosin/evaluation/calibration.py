@@ -378,7 +378,7 @@ def calibration_slope_intercept(
             resamples=0,
             degenerate=0,
             method="wald" if groups is None else "wald, cluster-robust",
-            note=undefined if fit is None else "",
+            note=undefined if fit is None else "one cluster: no interval" if count < 2 else "",
         )
 
     return LogitRecalibration(
@@ -419,6 +419,8 @@ def _logistic(design: Floats, y: npt.NDArray[Any], *, offset: Floats, groups: In
     if groups is None:
         return beta, bread
     count = int(groups.max()) + 1
+    if count < 2:
+        return beta, np.full_like(bread, np.nan)
     scores = np.zeros((count, design.shape[1]))
     np.add.at(scores, groups, design * (y - mu)[:, None])
     return beta, bread @ (scores.T @ scores) @ bread * count / (count - 1)

@@ -9,6 +9,7 @@ reviewer writes another file; `merge` puts them together and names what they dis
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any, Literal, Self
 
 import orjson
 from filelock import FileLock, Timeout
-from sklearn.metrics import cohen_kappa_score
 
 from eosin.errors import StoreCorruptError, StoreError, StoreLockedError, StoreMismatchError
 from eosin.features.writer import fsync_folder
@@ -331,11 +331,11 @@ def merge(states: Sequence[State]) -> Merged:
             agreed.append(one)
         classes = [one.label for one in found if one.label is not None]
         pairs += [(classes[0], later) for later in classes[1:]]
-    left, right = [a for a, _ in pairs], [b for _, b in pairs]
-    kappa = float(cohen_kappa_score(left, right)) if len(pairs) > 1 and len({*left, *right}) > 1 else None
     names = ", ".join(dict.fromkeys(state.start.reviewer for state in states))
     start = Start(labels=first.labels, pool=first.pool, reviewer=names, seed=first.seed)
-    return Merged(start=start, decisions=tuple(agreed), conflicts=tuple(conflicts), both=len(pairs), kappa=kappa)
+    return Merged(
+        start=start, decisions=tuple(agreed), conflicts=tuple(conflicts), both=len(pairs), kappa=_kappa(pairs)
+    )
 
 
 def _agreed(found: Sequence[Decision]) -> Decision | None:
@@ -348,6 +348,16 @@ def _agreed(found: Sequence[Decision]) -> Decision | None:
     best = best or next((one for one in found if one.verdict == "reject"), found[0])
     names = ", ".join(dict.fromkeys(one.reviewer for one in found if one.label == best.label))
     return Decision(**{**asdict(best), "reviewer": names})
+
+
+def _kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
+    """Return Cohen's kappa, Educ. Psychol. Meas. 20 (1960) 37, eq. 2; None with fewer than two pairs or one class."""
+    left, right = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    if len(pairs) < 2 or len({*left, *right}) < 2:
+        return None
+    agreed = sum(a == b for a, b in pairs) / len(pairs)
+    by_chance = sum(count * right[label] for label, count in left.items()) / len(pairs) ** 2
+    return (agreed - by_chance) / (1 - by_chance)
 
 
 def _content(path: Path) -> bytes:
