@@ -287,7 +287,7 @@ def votes_study(images: Path, probe: Path, name: str, encoder: str) -> dict[str,
         "by_luck": found.judged.by_luck,
         "verdicts": found.report.sections["verdicts"],
         "rows": rows,
-        "split_of_all": float(np.mean([len(set(one)) > 1 for one in cells["votes"]])),
+        "split_of_all": float(np.mean([len(set(one)) > 1 for one in cells["votes"].dropna()])),
         "split_of_errors": float(split.mean()),
         "difference": told["difference"].to_dict(),
         "auroc_of_balance": told["auroc"].to_dict(),
@@ -303,6 +303,10 @@ def run(images: Path, features: Path | None, probe: Path | None, command: str) -
         xs["efficientnet-lite0"] = read_samples(images, cohort, encoder=str(features)).x
     clock = time.process_time()
     studies, spread, votes = {}, {}, []
+    if probe is not None:
+        for name in xs:
+            encoder = "texture" if name == "texture" else str(features)
+            votes.append(votes_study(images, probe, name, encoder))
     for name, x in xs.items():
         studies[f"amf/{name}"] = study(lambda seed, x=x: amf_task(x, cells, seed), 400)
         scanner = (cells["scanner"] == "Hamamatsu XR").to_numpy()
@@ -314,10 +318,6 @@ def run(images: Path, features: Path | None, probe: Path | None, command: str) -
         studies[f"planted/{apart:g}"] = study(lambda seed, a=apart: planted_task(seed, a), 200)
     for apart in (2.0, 4.0):
         spread[f"planted/{apart:g}"] = spread_study(lambda seed, a=apart: planted_task(seed, a, n=5000), 200)
-    if probe is not None:
-        for name in xs:
-            encoder = "texture" if name == "texture" else str(features)
-            votes.append(votes_study(images, probe, name, encoder))
     result = {
         "command": command,
         "machine": machine(),
