@@ -38,10 +38,10 @@ def test_named_tests_exist(page: Path) -> None:
     assert not named - known
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the examples name: slides/a.svs, slides/b.svs, a.svs."""
-    root = tmp_path_factory.mktemp("docs")
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder, new for each page, with what the examples name: slides/a.svs, slides/b.svs, a.svs."""
+    root = tmp_path
     (root / "slides").mkdir()
     for seed, name in enumerate(("slides/a.svs", "slides/b.svs", "a.svs")):
         pixels, _ = slidegen.histology(1300, 1000, seed=seed, mpp=0.5)

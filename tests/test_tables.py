@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "tables.py"
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("benchmark_tables", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
 
