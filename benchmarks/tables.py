@@ -127,7 +127,12 @@ def encoder_backends(record: Record) -> str:
         ratio, low = row.get("ratio_to_torch_fp32"), row.get("lowest_cosine_to_torch_fp32")
         rows.append((*head, span(row["tiles_per_s"], 1), ratio or "-", f"{low:.5f}" if low is not None else "-"))
     columns = ("network, backend", "batch", "tiles/s", "ratio to torch fp32", "lowest cosine to it")
-    return f"{markdown(columns, rows)}\n\n{origin(record, 'random weights')}"
+    most = "; ".join(
+        f"{name}: {one['gflop_per_tile']:.1f} GFLOP a tile, so at most {one['bf16_tiles_per_s']:.1f} tiles/s in bf16 and "
+        f"{one['fp32_tiles_per_s']:.1f} in fp32 at the rate of a large matrix product"
+        for name, one in record.get("bounds", {}).items()
+    )
+    return f"{markdown(columns, rows)}\n\nThe processor's bound: {most}. {origin(record, 'random weights')}"
 
 
 def agreed(check: dict[str, float] | None) -> str:
