@@ -128,8 +128,8 @@ def encoder_backends(record: Record) -> str:
         rows.append((*head, span(row["tiles_per_s"], 1), ratio or "-", f"{low:.5f}" if low is not None else "-"))
     columns = ("network, backend", "batch", "tiles/s", "ratio to torch fp32", "lowest cosine to it")
     most = "; ".join(
-        f"{name}: {one['gflop_per_tile']:.1f} GFLOP a tile, so at most {one['bf16_tiles_per_s']:.1f} tiles/s in bf16 and "
-        f"{one['fp32_tiles_per_s']:.1f} in fp32 at the rate of a large matrix product"
+        f"{name}: {one['gflop_per_tile']:.1f} GFLOP a tile, so at most {one['bf16_tiles_per_s']:.1f} tiles/s in bf16 "
+        f"and {one['fp32_tiles_per_s']:.1f} in fp32 at the rate of a large matrix product"
         for name, one in record.get("bounds", {}).items()
     )
     return f"{markdown(columns, rows)}\n\nThe processor's bound: {most}. {origin(record, 'random weights')}"
