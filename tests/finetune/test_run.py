@@ -27,6 +27,8 @@ from eosin.finetune.results import cross_fitted, evaluate, fit_scale
 from eosin.finetune.run import finetune
 from eosin.finetune.tables import read_table
 
+pytestmark = pytest.mark.slow
+
 CONFIG = replace(quick(), epochs=3, lr=1e-2, tta="rot4")
 
 

@@ -21,6 +21,8 @@ from eosin.finetune.resume import load_state
 from eosin.finetune.saving import trained_state
 from eosin.finetune.train import STATE, Status, domain_scores, schedule, train_fold
 
+pytestmark = pytest.mark.slow
+
 
 class StoppedError(Exception):
     pass

@@ -78,7 +78,7 @@ def _server(tmp_path: Path) -> Engine:
 MAKERS = {"exact": _in_folder("exact"), "edge": _in_folder("edge"), "server": _server}
 
 
-@pytest.fixture(params=list(MAKERS))
+@pytest.fixture(params=["exact", *(pytest.param(name, marks=pytest.mark.slow) for name in ("edge", "server"))])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
     """Each engine in turn."""
     if find_spec(f"eosin.retrieval.{request.param}") is None:

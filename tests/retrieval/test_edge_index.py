@@ -32,6 +32,8 @@ from eosin.retrieval.filters import All, Any_, Between, Is, Not, mask
 from eosin.retrieval.protocol import IndexSpec
 from eosin.retrieval.qdrant import filter_json, needs_acorn
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {name: "keyword" for name in ("tenth", "hundredth", "region")} | {"value": "float"}
 
 

@@ -30,6 +30,8 @@ from eosin.retrieval.filters import Between, mask
 from eosin.retrieval.qdrant import filter_json, payload_rows
 from eosin.retrieval.server import ServerIndex, copy_index
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def wire():
