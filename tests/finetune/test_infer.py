@@ -9,13 +9,14 @@ import pytest
 import torch
 from scipy.stats import entropy
 from torch import Tensor, nn
+from torchvision import transforms
 from traingen import cells_and_tiles, classifier
 
-from eosin.encoders import get_spec
+from eosin.encoders import EncoderSpec, get_spec
 from eosin.errors import ConfigError, GeometryError, NonFiniteError
 from eosin.finetune.infer import Ensemble, Input, binary_entropy, combine, input_of, tile_logits, views
 
-PLAIN = Input(side_px=128, cut=True, mean=(0.0,) * 3, std=(1.0,) * 3)
+PLAIN = Input(side_px=128, crop_px=128, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 class Corner(nn.Module):
@@ -90,16 +91,27 @@ def test_ensemble_of_models(tmp_path: Path) -> None:
     assert both.threshold == 0.4
 
 
+def wide_of(images: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
+    """Return images resized to 224 px as torchvision does it, normalised."""
+    resized = transforms.functional.resize(images, [224, 224], transforms.InterpolationMode.BICUBIC, antialias=True)
+    return transforms.functional.normalize(resized.clamp(0, 1), list(spec.mean), list(spec.std))
+
+
 def test_input_is_cut_or_resized_to_whole_patches() -> None:
     spec = get_spec("dinov2-vits14")
     cut = input_of(spec, tile_px=128)
-    assert (cut.side_px, cut.cut) == (126, True)
+    assert (cut.side_px, cut.crop_px) == (126, 126)
     images = torch.rand(1, 3, 128, 128)
     mean, std = torch.tensor(spec.mean)[:, None, None], torch.tensor(spec.std)[:, None, None]
     assert torch.equal(cut.prepare(images), (images[..., 1:127, 1:127] - mean) / std)
     wide = input_of(spec, tile_px=128, input_px=224).prepare(images)
     assert wide.shape == (1, 3, 224, 224)
     assert float((wide * std + mean).max()) <= 1 + 1e-6
+    centre = input_of(spec, tile_px=128, input_px=224, crop_px=64)
+    assert torch.equal(centre.prepare(images), wide_of(images[..., 32:96, 32:96], spec))
+    assert input_of(spec, tile_px=128, crop_px=64).side_px == 56
+    with pytest.raises(GeometryError, match="crop_px is 130, and the tiles have 128 px"):
+        input_of(spec, tile_px=128, crop_px=130)
     with pytest.raises(GeometryError, match="multiple of 14 px, found 200; the closest are 196 and 210"):
         input_of(spec, tile_px=128, input_px=200)
 

@@ -114,5 +114,5 @@ def job(folder: Path, *, config: FinetuneConfig | None = None, **how: Any) -> Jo
     """Return the first fold of `cells_and_tiles`."""
     cells, tiles = cells_and_tiles(**how)
     settings = config or quick()
-    eyes = input_of(encoder(folder).spec, tile_px=128, input_px=settings.input_px)
+    eyes = input_of(encoder(folder).spec, tile_px=128, input_px=settings.input_px, crop_px=settings.crop_px)
     return Job(cells=cells, tiles=tiles, fold=plan_folds(cells, settings)[0], config=settings, how=eyes)

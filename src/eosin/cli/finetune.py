@@ -33,6 +33,9 @@ def finetune(
     without: Annotated[
         str, typer.Option("--without", help="Augmentation families to leave out, or all.", metavar="NAME[,NAME]")
     ] = "",
+    crop: Annotated[
+        int | None, typer.Option("--crop", help="Use only the centre of a tile, of this side.", metavar="PX")
+    ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Most epochs of a fold.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Tiles a step.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
@@ -46,7 +49,7 @@ def finetune(
     """Fine-tune an encoder on cells: folds of whole slides, a threshold out of fold, an external test, one page."""
     from eosin.finetune.run import finetune as run
 
-    given = {"epochs": epochs, "batch": batch, "lr": lr, "folds": folds, "tta": tta}
+    given = {"crop_px": crop, "epochs": epochs, "batch": batch, "lr": lr, "folds": folds, "tta": tta}
     config = _config(recipe, given, mode=mode, rank=rank, without=without)
     settled = _changed(config, leave_out=leave_out, checkpointing=checkpointing, seed=seed)
     with _bar() as progress:

@@ -42,23 +42,22 @@ class Input:
 
     Attributes:
         side_px: of the input.
-        cut: whether a larger tile is cut to its centre, and not resized.
+        crop_px: side of the centre of a tile that is used; 0 is all of it.
         mean: of each channel, scale 0-1.
         std: of each channel.
     """
 
     side_px: int
-    cut: bool
+    crop_px: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def prepare(self, images: Tensor) -> Tensor:
         """Return images (B, 3, S, S) in 0-1 as the encoder takes them, (B, 3, side_px, side_px)."""
-        side = images.shape[-1]
-        if self.cut and side != self.side_px:
-            start = (side - self.side_px) // 2
-            images = images[..., start : start + self.side_px, start : start + self.side_px]
-        elif side != self.side_px:
+        if 0 < self.crop_px < images.shape[-1]:
+            start = (images.shape[-1] - self.crop_px) // 2
+            images = images[..., start : start + self.crop_px, start : start + self.crop_px]
+        if images.shape[-1] != self.side_px:
             images = functional.interpolate(
                 images, size=(self.side_px, self.side_px), mode="bicubic", antialias=True
             ).clamp(0, 1)
@@ -67,25 +66,29 @@ class Input:
         return (images - mean) / std
 
 
-def input_of(spec: EncoderSpec, *, tile_px: int, input_px: int = 0) -> Input:
+def input_of(spec: EncoderSpec, *, tile_px: int, input_px: int = 0, crop_px: int = 0) -> Input:
     """Return how tiles of `tile_px` become the input of an encoder.
 
     Args:
         spec: of the encoder.
         tile_px: side of the tiles.
         input_px: side to resize to; 0 keeps the tiles' pixels and cuts the centre to a whole number of patches.
+        crop_px: side of the centre of a tile that is used; 0 is all of it.
 
     Raises:
-        GeometryError: the input is no whole number of patches.
+        GeometryError: the input is no whole number of patches, or the centre is larger than the tile.
     """
+    if crop_px > tile_px:
+        raise GeometryError(f"crop_px is {crop_px}, and the tiles have {tile_px} px; it must not be larger")
     patch = spec.patch_px or 1
-    side = input_px or tile_px // patch * patch
+    centre = crop_px or tile_px
+    side = input_px or centre // patch * patch
     if side < 1 or side % patch:
         raise GeometryError(
-            f"{spec.name} takes sides that are a multiple of {patch} px, found {input_px or tile_px}; the closest are "
+            f"{spec.name} takes sides that are a multiple of {patch} px, found {input_px or centre}; the closest are "
             f"{max(patch, side // patch * patch)} and {(side // patch + 1) * patch}"
         )
-    return Input(side_px=side, cut=not input_px, mean=spec.mean, std=spec.std)
+    return Input(side_px=side, crop_px=crop_px if input_px else side, mean=spec.mean, std=spec.std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,6 +35,7 @@ class FinetuneConfig:
     Attributes:
         recipe: its name.
         adapt: what of the encoder trains, beside the head.
+        crop_px: side of the centre of a tile that is used, pixels; 0 is the whole tile.
         input_px: side of the encoder's input; 0 is the tile's own, cut to whole patches; else tiles are resized.
         checkpointing: forget activations and compute them twice, to fit a large encoder.
         loss: of training.
@@ -61,6 +62,7 @@ class FinetuneConfig:
 
     recipe: str = "amf"
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    crop_px: int = 0
     input_px: int = 0
     checkpointing: bool = False
     loss: LossConfig = field(default_factory=LossConfig)
@@ -128,7 +130,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     }
 )
 _LEAST: Mapping[str, int] = types.MappingProxyType(
-    {"input_px": 0, "epochs": 1, "batch": 1, "patience": 1, "folds": 2, "seed": 0}
+    {"crop_px": 0, "input_px": 0, "epochs": 1, "batch": 1, "patience": 1, "folds": 2, "seed": 0}
 )
 
 RECIPES: Mapping[str, FinetuneConfig] = types.MappingProxyType({"amf": FinetuneConfig()})

@@ -105,7 +105,8 @@ def finetune(
     table = data if isinstance(data, CellTable) else read_table(data)
     given = _read(table, external, _tables(data))
     first = _load(encoder, device)
-    how = input_of(first.spec, tile_px=given.tiles.shape[1], input_px=config.input_px)
+    side_px = given.tiles.shape[1]
+    how = input_of(first.spec, tile_px=side_px, input_px=config.input_px, crop_px=config.crop_px)
     folds = plan_folds(given.own, config)
     record = _record(given, first, config, encoder, external)
     _check_folder(out, record)
