@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 from torch import Tensor, nn
-from torchvision import transforms
+from torchvision.transforms import InterpolationMode, functional
 from traingen import cells_and_tiles, classifier
 
 from eosin.encoders import EncoderSpec, get_spec
@@ -93,8 +93,8 @@ def test_ensemble_of_models(tmp_path: Path) -> None:
 
 def wide_of(images: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
     """Return images resized to 224 px as torchvision does it, normalised."""
-    resized = transforms.functional.resize(images, [224, 224], transforms.InterpolationMode.BICUBIC, antialias=True)
-    return transforms.functional.normalize(resized.clamp(0, 1), list(spec.mean), list(spec.std))
+    resized = functional.resize(images, [224, 224], InterpolationMode.BICUBIC, antialias=True)
+    return functional.normalize(resized.clamp(0, 1), list(spec.mean), list(spec.std))
 
 
 def test_input_is_cut_or_resized_to_whole_patches() -> None:
