@@ -11,17 +11,17 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.special import expit
-from torch import Tensor
+from torch import Tensor, nn
 
-from eosin.errors import CheckpointError, NonFiniteError, PredictionsError, StainError
+from eosin.errors import CheckpointError, ConfigError, NonFiniteError, PredictionsError, StainError
 from eosin.evaluation.metrics import auroc, balanced_accuracy
 from eosin.features.recipe import canonical_json
 from eosin.finetune.augment import augment, stain_bank
@@ -29,7 +29,7 @@ from eosin.finetune.cells import CellTable
 from eosin.finetune.classifier import parameter_groups
 from eosin.finetune.folds import Fold
 from eosin.finetune.infer import Input, tile_logits, to_images
-from eosin.finetune.losses import LossConfig, loss_rows, training_loss
+from eosin.finetune.losses import LossConfig, loss_rows, mean_loss, training_loss
 from eosin.finetune.mix import mix_batch, mixed_loss
 from eosin.finetune.recipe import FinetuneConfig
 from eosin.finetune.resume import load_optimizer, load_state, optimizer_tensors, save_state
@@ -97,6 +97,7 @@ class Job:
         how: tiles become inputs.
         device: "cpu", "cuda" ...
         precision: "fp32" or "bf16".
+        unlabelled: row numbers of cells whose label says nothing; a lesson is taught on them.
     """
 
     cells: CellTable
@@ -106,8 +107,9 @@ class Job:
     how: Input
     device: str = "cpu"
     precision: str = "fp32"
+    unlabelled: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
-    def identity(self, model: Model) -> str:
+    def identity(self, model: Model, lesson: Lesson | None = None) -> str:
         """Return a hash of all that decides the numbers of this fold."""
         rows = (self.fold.train, self.fold.stop, self.cells.label, self.cells.soft)
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in rows))
@@ -115,11 +117,43 @@ class Job:
         digest.update(
             canonical_json([self.config.hash, [branch.spec.weights_hash for branch in model.branches]]).encode()
         )
+        if lesson is not None:
+            digest.update(np.ascontiguousarray(self.unlabelled).tobytes())
+            digest.update(lesson.identity.encode())
         return digest.hexdigest()
 
 
+class Lesson(Protocol):
+    """What a model is taught beside the labels, such as a teacher's answers.
+
+    Attributes:
+        identity: a hash of all that decides what it says.
+        label_share: how much the loss of the labels counts beside it.
+        module: what trains with the model, and is thrown away after.
+    """
+
+    identity: str
+    label_share: float
+    module: nn.Module
+
+    def __call__(self, model: Model, given: Tensor, seen: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Return the model's logits (B, 1) and the lesson's loss of each row (B,).
+
+        Args:
+            model: that learns.
+            given: its input, normalised (B, 3, s, s).
+            seen: the same augmented images in 0-1, (B, 3, S, S).
+        """
+        ...
+
+
 def train_fold(
-    model: Model, job: Job, *, folder: Path | None = None, progress: Callable[[Status], None] | None = None
+    model: Model,
+    job: Job,
+    *,
+    folder: Path | None = None,
+    progress: Callable[[Status], None] | None = None,
+    lesson: Lesson | None = None,
 ) -> Trained:
     """Train a model on one fold, and leave the best epoch's moving average in it.
 
@@ -128,12 +162,16 @@ def train_fold(
         job: what to train on.
         folder: where the state is kept after every epoch, to go on from; None keeps none.
         progress: told after every epoch.
+        lesson: what is taught beside the labels; None is nothing.
 
     Raises:
+        ConfigError: cells without a label, and no lesson to teach on them.
         NonFiniteError: NaN or infinity in the loss or the gradient; names the cells of the batch.
         CheckpointError: the folder holds the state of another fold or recipe, or a damaged one.
     """
-    run = _FoldRun(model, job)
+    if len(job.unlabelled) and lesson is None:
+        raise ConfigError(f"{len(job.unlabelled)} cells without a label need a teacher; leave them out")
+    run = _FoldRun(model, job, lesson)
     path = None if folder is None else folder / STATE
     if path is not None and path.is_file():
         run.restore(path)
@@ -156,25 +194,44 @@ def train_fold(
 class _FoldRun:
     """What one fold needs from step to step."""
 
-    def __init__(self, model: Model, job: Job) -> None:
-        self.model, self.job = model, job
+    def __init__(self, model: Model, job: Job, lesson: Lesson | None) -> None:
+        self.model, self.job, self.lesson = model, job, lesson
         config, rows, cells = job.config, job.fold.train, job.cells
         self.groups = sampling_groups(cells.label[rows], cells.domain[rows], sampling=config.sampling)
         weights = domain_weights(cells.domain[rows], cells.label[rows], kind=config.domain_weights)
-        self.weights = balanced_weights(weights.rows, self.groups)
-        self.targets = (cells.soft if config.soft_labels else cells.label)[rows].astype(np.float32)
+        self.rows = np.concatenate((rows, job.unlabelled))
+        # A mean of 1 over all rows that are shown, 0 where there is no label.
+        labelled = balanced_weights(weights.rows, self.groups) * (len(self.rows) / len(rows))
+        self.weights = np.concatenate((labelled, np.zeros(len(job.unlabelled))))
+        self.targets = (cells.soft if config.soft_labels else cells.label)[self.rows].astype(np.float32)
         self.notes = tuple(f"{g.domain}: {g.note}" for g in weights.groups if g.note)
         self.bank = self._bank()
         decay = config.layer_decay if config.adapt.mode in ("last", "full") else 1.0
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, lr=config.lr, weight_decay=config.weight_decay, layer_decay=decay)
-        )
+        groups = parameter_groups(model, lr=config.lr, weight_decay=config.weight_decay, layer_decay=decay)
+        self.optimizer = torch.optim.AdamW([*groups, *self._lesson_groups()])
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.steps_an_epoch = math.ceil(len(rows) / config.batch)
+        self.steps_an_epoch = math.ceil(len(self.rows) / config.batch)
         self.average = {name: value.clone() for name, value in trained_state(model).items()}
         self.best = {name: value.clone() for name, value in self.average.items()}
         self.history: list[dict[str, Any]] = []
         self.stale = 0
+
+    def _lesson_groups(self) -> list[dict[str, Any]]:
+        """Return what of the lesson trains, as a group of the optimiser; the model's moving average leaves it out."""
+        named = [] if self.lesson is None else list(self.lesson.module.named_parameters())
+        if not named:
+            return []
+        config, (names, params) = self.job.config, zip(*named, strict=True)
+        told = [f"lesson.{name}" for name in names]
+        return [{"params": list(params), "lr": config.lr, "weight_decay": config.weight_decay, "names": told}]
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the training rows of an epoch in order: the labelled ones balanced, each other one once."""
+        order = epoch_rows(self.groups, seed=self.job.config.seed, epoch=epoch)
+        if not len(self.job.unlabelled):
+            return order
+        rng = np.random.default_rng((self.job.config.seed, epoch, 1))
+        return rng.permutation(np.concatenate((order, np.arange(len(self.groups), len(self.rows)))))
 
     def _bank(self) -> tuple[StainTarget, ...]:
         """Return the references that random normalisation draws from, one a training domain."""
@@ -197,7 +254,7 @@ class _FoldRun:
         """Train one epoch, judge it, and return its row of the history."""
         config, at = self.job.config, len(self.history)
         self.model.train()
-        order = epoch_rows(self.groups, seed=config.seed, epoch=at)
+        order = self._order(at)
         losses = []
         for step in range(self.steps_an_epoch):
             losses.append(self._step(order[step * config.batch : (step + 1) * config.batch], epoch=at, step=step))
@@ -222,7 +279,7 @@ class _FoldRun:
         seed = int(np.random.SeedSequence((config.seed, epoch, step)).generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
-        names = job.cells.file[job.fold.train[chosen]].tolist()
+        names = job.cells.file[self.rows[chosen]].tolist()
         loss = self._loss(chosen, generator, names)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -242,17 +299,25 @@ class _FoldRun:
 
     def _loss(self, chosen: npt.NDArray[np.int64], generator: torch.Generator, names: list[str]) -> Tensor:
         job, config = self.job, self.job.config
-        images = to_images(job.tiles[job.fold.train[chosen]], job.device)
+        images = to_images(job.tiles[self.rows[chosen]], job.device)
         if config.augment is not None:
             images = augment(images, config.augment, generator=generator, bank=self.bank)
         targets = torch.from_numpy(self.targets[chosen]).to(job.device)
         weights = torch.from_numpy(self.weights[chosen]).to(job.device)
         mixed = None if config.mix is None else mix_batch(images, config.mix, generator=generator)
+        seen, taught = images if mixed is None else mixed.images, None
         with torch.autocast(torch.device(job.device).type, torch.bfloat16, enabled=job.precision == "bf16"):
-            logits = self.model(job.how.prepare(images if mixed is None else mixed.images))
+            if self.lesson is None:
+                logits = self.model(job.how.prepare(seen))
+            else:
+                logits, taught = self.lesson(self.model, job.how.prepare(seen), seen)
         if mixed is not None:
-            return mixed_loss(logits, targets, mixed, config.loss, weights=weights, names=names)
-        return training_loss(logits, targets, config.loss, weights=weights, names=names)
+            loss = mixed_loss(logits, targets, mixed, config.loss, weights=weights, names=names)
+        else:
+            loss = training_loss(logits, targets, config.loss, weights=weights, names=names)
+        if self.lesson is None or taught is None:
+            return loss
+        return self.lesson.label_share * loss + mean_loss(taught, names=names)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -292,15 +357,16 @@ class _FoldRun:
             auroc=row["auroc"],
             ba=row["ba"],
             domains=tuple((name, n, ba) for name, n, ba in row["domains"]),
-            tiles_per_s=len(self.job.fold.train) / seconds,
+            tiles_per_s=len(self.rows) / seconds,
         )
 
     def save(self, path: Path) -> None:
         """Write all that the next epoch needs."""
         parts = {"model": trained_state(self.model), "average": self.average, "best": self.best}
         parts["adam"] = optimizer_tensors(self.optimizer)
+        parts["lesson"] = {} if self.lesson is None else self.lesson.module.state_dict()
         tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
-        about = {"identity": self.job.identity(self.model), "history": self.history, "stale": self.stale}
+        about = {"identity": self.job.identity(self.model, self.lesson), "history": self.history, "stale": self.stale}
         save_state(path, tensors, about)
 
     def restore(self, path: Path) -> None:
@@ -310,16 +376,18 @@ class _FoldRun:
             CheckpointError: it is of another fold, recipe, table or encoder, or damaged.
         """
         tensors, about = load_state(path)
-        if about["identity"] != self.job.identity(self.model):
+        if about["identity"] != self.job.identity(self.model, self.lesson):
             raise CheckpointError(
                 f"{path} is of another recipe, table, fold or encoder; write to another folder, or delete it"
             )
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "best": {}, "adam": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "best": {}, "adam": {}, "lesson": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
         load_trained_state(self.model, parts["model"])
         load_optimizer(self.optimizer, parts["adam"])
+        if self.lesson is not None:
+            self.lesson.module.load_state_dict(parts["lesson"])
         for own, kept in ((self.average, parts["average"]), (self.best, parts["best"])):
             for name, value in own.items():
                 value.copy_(kept[name])
