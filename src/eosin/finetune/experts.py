@@ -55,24 +55,32 @@ class Mixture(nn.Module):
 
     def _shares(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return what the gate gives each expert, (B, E), float32 whatever the precision."""
-        joined = torch.cat([functional.layer_norm(vector, vector.shape[-1:]) for vector in vectors], dim=-1)
-        return self.gate(joined).float().softmax(dim=-1)
+        return self.gate(_joined(vectors)).float().softmax(dim=-1)
 
     def shares(self, images: Tensor) -> Tensor:
         """Return how much each expert counts for normalised images (B, 3, H, W): (B, E), rows sum to 1."""
         return self._shares(self._vectors(images))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits of normalised images (B, 3, H, W): (B, 1) for two classes, else (B, K)."""
+    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the gate sees, (B, D) with the D of the experts added up, and the logits as `forward`."""
         vectors = self._vectors(images)
         logits = torch.stack([e.head(v) for e, v in zip(self.branches, vectors, strict=True)], dim=1)
-        return (self._shares(vectors)[..., None] * logits).sum(dim=1)
+        return _joined(vectors), (self._shares(vectors)[..., None] * logits).sum(dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits of normalised images (B, 3, H, W): (B, 1) for two classes, else (B, K)."""
+        return self.answer(images)[1]
 
     def set_checkpointing(self, on: bool) -> None:
         """Switch gradient checkpointing of the experts that are transformers."""
         for expert in self.branches:
             if blocks_of(expert.backbone.network):
                 expert.set_checkpointing(on)
+
+
+def _joined(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the experts' vectors side by side, each after a layer norm."""
+    return torch.cat([functional.layer_norm(vector, vector.shape[-1:]) for vector in vectors], dim=-1)
 
 
 def _renormalised(images: Tensor, had: EncoderSpec, wanted: EncoderSpec) -> Tensor:
