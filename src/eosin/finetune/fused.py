@@ -7,21 +7,20 @@ adapt some thirds of the rows, each with an A and a B of its own, as peft does w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
+from eosin.encoders.lora import LowRank, Pair, draw_down
 from eosin.errors import ConfigError
 
 THIRDS = ("q", "k", "v")
 """What the rows of a fused linear are, in order."""
 
 
-class FusedLora(nn.Module):
+class FusedLora(LowRank):
     """A frozen linear of queries, keys and values, to some thirds of whose rows (alpha / r) B A dropout(x) is added.
 
     B starts at zero, so that at the start this is the linear itself; A is uniform, as peft draws it. A and B are
@@ -37,42 +36,21 @@ class FusedLora(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, *, parts: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
-        super().__init__()
         if base.out_features % 3:
             raise ConfigError(f"a fused linear of {base.out_features} rows does not fall into queries, keys and values")
-        self.base = base.requires_grad_(False)
-        self.scale = alpha / rank
-        self.dropout = nn.Dropout(dropout)
-        width = base.out_features // 3
-        self.parts = tuple(part for part in THIRDS if part in parts)
+        found = tuple(part for part in THIRDS if part in parts)
+        rows = [THIRDS.index(part) for part in found]
+        super().__init__(base, parts=3, rows=rows, scale=alpha / rank, dropout=dropout)
+        self.parts = found
         # Drawn on the CPU, so that one seed gives the same adapters on every device.
-        drawn = {
-            part: nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5)) for part in self.parts
-        }
-        where = base.weight.device
+        drawn = {part: draw_down(torch.empty(rank, base.in_features)) for part in found}
+        where, width = base.weight.device, base.out_features // 3
         self.down = nn.ParameterDict({part: nn.Parameter(a.to(where)) for part, a in drawn.items()})
-        self.up = nn.ParameterDict({part: nn.Parameter(torch.zeros(width, rank, device=where)) for part in self.parts})
+        self.up = nn.ParameterDict({part: nn.Parameter(torch.zeros(width, rank, device=where)) for part in found})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., 3 W) for tokens (..., D)."""
-        out = self.base(x)
-        width = out.shape[-1] // 3
-        for part in self.parts:
-            down = self.down[part]
-            low = functional.linear(self.dropout(x.to(down.dtype)), down)
-            added = functional.linear(low, self.up[part]) * self.scale
-            out.narrow(-1, THIRDS.index(part) * width, width).add_(added)
-        return out
-
-    def merged(self) -> nn.Linear:
-        """Return the linear with the adapters' products added to its rows, in place; this module is spent."""
-        width = self.base.out_features // 3
-        with torch.no_grad():
-            for part in self.parts:
-                down = self.down[part]
-                rows = self.base.weight.narrow(0, THIRDS.index(part) * width, width)
-                rows.copy_(rows.to(down.dtype) + self.scale * (self.up[part] @ down))
-        return self.base
+    def pairs(self) -> list[Pair]:
+        """Return third, A and B of each that is adapted."""
+        return [(row, self.down[part], self.up[part]) for row, part in zip(self.rows, self.parts, strict=True)]
 
 
 def add_fused(attention: nn.Module, *, parts: Sequence[str], rank: int, alpha: float, dropout: float) -> FusedLora:

@@ -1,14 +1,12 @@
 """Low-rank adapters on released weights (LoRA, Hu et al. 2021, arXiv 2106.09685): the base stands still, they train.
 
-peft wraps whole linears. Here queries, keys and values are rows of one linear, as in the DINOv2 release, of which some
-are adapted; and the names of the base must stay apart for export. So these lines are our own; peft is what the tests
-hold them against.
+Queries, keys and values are rows of one linear, as in the DINOv2 release, of which some are adapted, by the layer of
+`eosin.encoders.lora`; the names of the base stay apart for export.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from eosin.encoders.checkpoints import hash_tensors
 from eosin.encoders.files import read_tensors
+from eosin.encoders.lora import LowRank, Pair, add_products, draw_down
 from eosin.errors import WeightsError
 from eosin.features.writer import replace_durably
 from eosin.pretrain.model import VisionTransformer
@@ -61,11 +59,11 @@ class Lora:
         return tuple(at for at, part in enumerate(_PARTS[path]) if part in self.targets)
 
 
-class Adapted(nn.Module):
+class Adapted(LowRank):
     """A frozen linear, to some blocks of whose rows (alpha / r) B A x is added (equation 3).
 
     B starts at zero, so that at the start this is the linear itself, bit for bit; A as peft and the authors' code have
-    it, uniform.
+    it, uniform. All A are one tensor, and all B.
 
     Args:
         base: the linear; it takes no gradient from now on.
@@ -75,22 +73,16 @@ class Adapted(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, *, parts: int, rows: Sequence[int], lora: Lora) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.parts, self.rows, self.scale = parts, tuple(rows), lora.alpha / lora.rank
+        super().__init__(base, parts=parts, rows=rows, scale=lora.alpha / lora.rank)
         like = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.down = nn.Parameter(torch.empty(len(rows), lora.rank, base.in_features, **like))
         self.up = nn.Parameter(torch.zeros(len(rows), base.out_features // parts, lora.rank, **like))
         for matrix in self.down:
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            draw_down(matrix)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (T, out) for tokens (T, in)."""
-        blocks = list(self.base(x).chunk(self.parts, dim=-1))
-        low = functional.linear(x, self.down.flatten(0, 1)).chunk(len(self.rows), dim=-1)
-        for row, part, up in zip(self.rows, low, self.up, strict=True):
-            blocks[row] = blocks[row] + self.scale * functional.linear(part, up)
-        return torch.cat(blocks, dim=-1) if self.parts > 1 else blocks[0]
+    def pairs(self) -> list[Pair]:
+        """Return block of rows, A and B of each that is adapted."""
+        return list(zip(self.rows, self.down, self.up, strict=True))
 
 
 def add_adapters(encoder: VisionTransformer, lora: Lora) -> None:
@@ -127,10 +119,8 @@ def _added(plain: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: Lo
     for key in _adapted_weights(adapters):
         path = ".".join(key.split(".")[2:4])
         weight, start = out[key].detach().clone(), key.removesuffix("weight")
-        blocks = weight.chunk(len(_PARTS[path]))
-        pairs = zip(adapters[f"{start}down"], adapters[f"{start}up"], strict=True)
-        for row, (down, up) in zip(lora.rows(path), pairs, strict=True):
-            blocks[row].add_(lora.alpha / lora.rank * (up @ down))
+        pairs = zip(lora.rows(path), adapters[f"{start}down"], adapters[f"{start}up"], strict=True)
+        add_products(weight, pairs, parts=len(_PARTS[path]), scale=lora.alpha / lora.rank)
         out[key] = weight
     return out
 
