@@ -90,8 +90,8 @@ def feature_loss(student: Tensor, teacher: Tensor, *, compare: Compare = "cosine
     s, t = _at_least_float32(student), _at_least_float32(teacher)
     if compare == "cosine":
         return 1 - functional.cosine_similarity(s, t, dim=-1)
-    normed = [functional.layer_norm(x, x.shape[-1:]) for x in (s, t)]
-    return functional.smooth_l1_loss(*normed, reduction="none").mean(-1)
+    ours, theirs = (functional.layer_norm(x, x.shape[-1:]) for x in (s, t))
+    return functional.smooth_l1_loss(ours, theirs, reduction="none").mean(-1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
