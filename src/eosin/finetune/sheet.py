@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,7 @@ def _first(rows: npt.NDArray[np.int64], order: npt.NDArray[np.float64], each: in
 
 def draw_sheet(
     cells: CellTable,
-    tiles: npt.NDArray[np.uint8],
+    tiles: npt.NDArray[np.uint8] | Mapping[int, npt.NDArray[np.uint8]],
     p: npt.ArrayLike,
     *,
     threshold: float,
@@ -88,7 +89,7 @@ def draw_sheet(
 
     Args:
         cells: the table.
-        tiles: uint8 (n, S, S, 3) at 0.25 microns per pixel.
+        tiles: uint8 (n, S, S, 3) at 0.25 microns per pixel; or row -> (S, S, 3), of the rows that `pick_cells` gives.
         p: (n,) P(atypical).
         threshold: chosen out of fold.
         each: cells a strip.
@@ -96,7 +97,7 @@ def draw_sheet(
     """
     scores = np.asarray(p, dtype=np.float64)
     strips = pick_cells(cells.label, scores, threshold=threshold, each=each)
-    side = tiles.shape[1]
+    side = len(tiles[int(strips[-1].rows[0])])
     height = _TITLE + side + 4 * _LINE + _GAP
     size = (2 * _MARGIN + each * (side + _GAP) - _GAP, 2 * _MARGIN + 2 * _LINE + len(strips) * height)
     sheet = Image.new("RGB", size, _PAPER)
