@@ -67,7 +67,8 @@ def test_a_cohort_gets_cells_counts_and_one_table(cohort: tuple[Path, Path], tmp
     slides, points = cohort
     given, out, told = scorer(threshold=0.7), tmp_path / "out", []
     found = score_slides(slides, given, points=points, out=out, progress=lambda *now: told.append(now))
-    assert (found.failed, found.notes, asked(given)) == ({}, (), 4)
+    assert (found.failed, asked(given)) == ({}, 4)
+    assert found.notes == ("the crops of 2 slides have remarks, see the column notes",)
     assert told == [(1, 2, "a.svs"), (2, 2, "sub/b.svs")]
     with open_slide(slides / "a.svs") as slide:
         read = read_detections(points / "a.svs.json")
@@ -85,6 +86,7 @@ def test_a_cohort_gets_cells_counts_and_one_table(cohort: tuple[Path, Path], tmp
         assert line[[f"{kind}_{part}" for part in ("per_mm2", "low", "high")]].tolist() == pytest.approx(
             [exact.point, exact.low, exact.high]
         )
+    assert "the crops are 2.00x finer" in line["notes"]
     assert "below the 2 mm²" in line["notes"]
     assert written(out)["slide"].tolist() == ["a.svs", "sub/b.svs"]
 
@@ -117,7 +119,7 @@ def test_what_fails_is_listed_and_stops_nothing(
     for slide, words in said.items():
         assert words in found.failed[slide], found.failed[slide]
     assert "needed is without.svs.geojson" in found.failed["without.svs"]
-    assert found.notes == (f"1 files of points belong to no slide of {slides} (of-nobody.json)",)
+    assert found.notes[-1:] == (f"1 files of points belong to no slide of {slides} (of-nobody.json)",)
     table = written(tmp_path / "out").set_index("slide")
     assert (table.loc[["a.svs", "sub/b.svs"], "error"] == "").all()
     assert table["figures"]["sub/b.svs"] == 1
@@ -126,7 +128,9 @@ def test_what_fails_is_listed_and_stops_nothing(
     # Who does not say its resolution is told it; who says it is believed.
     told = score_slides(slides, scorer(), points=points, out=tmp_path / "out", slide_mpp=0.4)
     assert sorted(told.failed) == sorted(said.keys() - {"unknown.svs"})
-    mpp = {slide: json.loads((tmp_path / "out" / f"{slide}.json").read_text())["mpp"] for slide in ("unknown.svs", "a.svs")}
+    mpp = {
+        slide: json.loads((tmp_path / "out" / f"{slide}.json").read_text())["mpp"] for slide in ("unknown.svs", "a.svs")
+    }
     assert mpp == {"unknown.svs": [0.4, 0.4], "a.svs": [0.5, 0.5]}
 
 
@@ -145,7 +149,7 @@ def test_finished_slides_are_done_again_only_when_something_changed(
     again = scorer()
     found = score_slides(slides, again, points=points, out=out)
     assert asked(again) == 0
-    assert found.notes == ("2 of 2 slides were finished before, from the same inputs",)
+    assert found.notes[:1] == ("2 of 2 slides were finished before, from the same inputs",)
     assert (out / "a.svs.geojson").read_bytes() == before[0]
     pd.testing.assert_frame_equal(written(out), before[1])
     (points / "a.svs.json").write_text(json.dumps(POINTS[:2]))

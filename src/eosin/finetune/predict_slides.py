@@ -153,7 +153,10 @@ def score_slides(
         if progress is not None:
             progress(done, len(found), slide_id)
     table = _table(ids, made, failed)
+    remarked = sum(bool(told["notes"]) for told in made.values())
     notes = [f"{skipped} of {len(ids)} slides were finished before, from the same inputs"] if skipped else []
+    if remarked:
+        notes.append(f"the crops of {remarked} slides have remarks, see the column notes")
     for what, match in (("points", given), ("region", areas)):
         if match is not None and match.unused:
             names = ", ".join(path.name for path in match.unused[:3])
@@ -258,7 +261,7 @@ def _table(ids: Sequence[str], made: Mapping[str, Mapping[str, Any]], failed: Ma
         lines.append({**line, "error": failed.get(slide_id, "")})
     table = pd.DataFrame(lines)
     last = ["notes", "error"]
-    whole = [name for name in ("figures", "atypical") if name in table]
+    whole = [name for name in table.columns if name in ("figures", "atypical") or name.endswith("_n")]
     table = table.astype(dict.fromkeys(whole, "Int64"))
     return cast(
         pd.DataFrame, table[[name for name in table.columns if name not in last] + [n for n in last if n in table]]
