@@ -309,13 +309,16 @@ def write_ensemble(
     return folder
 
 
-def load_classifier(folder: Path, *, device: str = "auto", encoder: str = "") -> Ensemble:
+def load_classifier(
+    folder: Path, *, device: str = "auto", encoder: str = "", folds: Sequence[int] | None = None
+) -> Ensemble:
     """Return the ensemble of a folder: `.threshold`, and `.scores(tiles)` -> P(atypical).
 
     Args:
         folder: of `write_ensemble`, or of the run that wrote it.
         device: "auto", "cpu", "cuda" ...
         encoder: where the encoder lies, if not where the folder says.
+        folds: numbers, from 0, of the folds that are to answer; None is all.
 
     Raises:
         CheckpointError: no such folder, or a damaged file in it.
@@ -336,7 +339,7 @@ def load_classifier(folder: Path, *, device: str = "auto", encoder: str = "") ->
     if not encoder and beside.suffix in SUFFIXES and beside.is_file():
         source = str(beside)
     models, where = [], "cpu"
-    for name in names:
+    for name in names if folds is None else [names[at] for at in folds]:
         loaded = load_encoder(source, device=device, precision=precision, backend="torch")
         if not isinstance(loaded, Encoder):
             raise ConfigError(f"{source} is no encoder that can have been trained")

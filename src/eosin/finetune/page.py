@@ -47,15 +47,17 @@ SCOPES = {"pooled": "all cells", "domain_mean": "mean of domains", "worst_domain
 PANELS = 8
 
 
-def page(report: Report, *, sheet: bytes) -> str:
+def page(report: Report, *, sheet: bytes, first: Sequence[Row] = ()) -> str:
     """Return the page as HTML, self-contained.
 
     Args:
         report: of `run.finetune`.
         sheet: PNG of `sheet.draw_sheet`.
+        first: blocks that come before the others, each a title and its parts.
     """
     r = report.sections
     blocks = [
+        *first,
         {"title": "Out of fold", "parts": _part(r["out_of_fold"], _within_words(r))},
         {"title": "External", "parts": _part(r["external"], _external_words(r)) if r["external"] else []},
         {

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ from eosin.finetune.results import evaluate, fit_scale
 from eosin.finetune.saving import save_trained
 from eosin.finetune.sheet import draw_sheet
 from eosin.finetune.tables import read_table
-from eosin.finetune.train import Job, Status, Trained, train_fold
+from eosin.finetune.train import Job, Lesson, Status, Trained, train_fold
 
 SCHEMA = "eosin.finetune/1"
 RUN, REPORT, PAGE, SHEET, CURVES = "run.json", "report.json", "report.html", "sheet.png", "curves.png"
@@ -72,6 +73,19 @@ class Data:
     files: tuple[Path, ...]
 
 
+class Teaching(Protocol):
+    """What teaches a run beside its labels; see `eosin.finetune.teacher`."""
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What the record of the run says of it."""
+        ...
+
+    def teach(self, at: int, job: Job, student: Classifier, /) -> tuple[Job, Lesson]:
+        """Return the job of fold number `at`, with cells that only the teacher speaks of, and what it says."""
+        ...
+
+
 def finetune(
     data: Path | str | CellTable,
     encoder: str,
@@ -82,6 +96,7 @@ def finetune(
     device: str = "auto",
     resamples: int = RESAMPLES,
     progress: Callable[[Status], None] | None = None,
+    teacher: Teaching | None = None,
 ) -> Report:
     """Fine-tune an encoder on cells, and report what it is worth; a run that was stopped goes on in its folder.
 
@@ -95,6 +110,7 @@ def finetune(
         device: "auto", "cpu", "cuda" ...
         resamples: of the bootstrap.
         progress: told after every epoch.
+        teacher: what teaches beside the labels; None is nothing.
 
     Raises:
         CohortError: no cells, no pictures, or no such external cells.
@@ -109,13 +125,16 @@ def finetune(
     how = input_of(first.spec, tile_px=side_px, input_px=config.input_px, crop_px=config.crop_px)
     folds = plan_folds(given.own, config)
     record = _record(given, first, config, encoder, external)
+    record |= {} if teacher is None else plain(teacher.record)
     _check_folder(out, record)
     _write_json(out / RUN, record)
     results: list[FoldResult] = []
     numbers: dict[str, int] = {}
     for at, fold in enumerate(folds):
         backbone = first if at == 0 else _load(encoder, device)
-        results.append(_one_fold(backbone, given, fold, config, how, folder=_fold_folder(out, at), progress=progress))
+        teach = None if teacher is None else partial(teacher.teach, at)
+        folder = _fold_folder(out, at)
+        results.append(_one_fold(backbone, given, fold, config, how, folder=folder, progress=progress, teach=teach))
         numbers = _numbers(backbone, results[-1])
     scale = fit_scale(given.own.label, _gather(given.own, results, "logits"))
     write_ensemble(
@@ -142,6 +161,16 @@ def _tables(data: Path | str | CellTable) -> tuple[Path, ...]:
 
 def _read(table: CellTable, external: tuple[str, str] | None, files: tuple[Path, ...]) -> Data:
     """Return the cells of both parts, with their tiles."""
+    own, other = split_external(table, external)
+    return Data(own=own, tiles=read_tiles(own), external=other, external_tiles=read_tiles(other), files=files)
+
+
+def split_external(table: CellTable, external: tuple[str, str] | None) -> tuple[CellTable, CellTable]:
+    """Return the cells that are trained on by folds, and those that are predicted once.
+
+    Raises:
+        CohortError: no such field or cells, a slide in both parts, or nothing left to train on.
+    """
     aside = np.zeros(len(table), dtype=np.bool_)
     if external is not None:
         field, value = external
@@ -162,8 +191,7 @@ def _read(table: CellTable, external: tuple[str, str] | None, files: tuple[Path,
             )
     if aside.all():
         raise CohortError("every cell is external; none is left to train on")
-    own, other = table.take(~aside), table.take(aside)
-    return Data(own=own, tiles=read_tiles(own), external=other, external_tiles=read_tiles(other), files=files)
+    return table.take(~aside), table.take(aside)
 
 
 def _load(name: str, device: str) -> Encoder:
@@ -186,6 +214,7 @@ def _one_fold(
     *,
     folder: Path,
     progress: Callable[[Status], None] | None,
+    teach: Callable[[Job, Classifier], tuple[Job, Lesson]] | None = None,
 ) -> FoldResult:
     """Train one fold and predict its test part and the external cells."""
     where, precision = encoder.device, encoder.precision
@@ -193,7 +222,10 @@ def _one_fold(
     if config.checkpointing:
         model.set_checkpointing(True)
     job = Job(cells=given.own, tiles=given.tiles, fold=fold, config=config, how=how, device=where, precision=precision)
-    trained = train_fold(model, job, folder=folder, progress=progress)
+    lesson = None
+    if teach is not None:
+        job, lesson = teach(job, model)
+    trained = train_fold(model, job, folder=folder, progress=progress, lesson=lesson)
     file = save_trained(folder / ADAPTER, model, recipe=plain(config.to_dict()))
     test = given.tiles[fold.test]
     logits = tile_logits(model, test, how, tta=config.tta, device=where, precision=precision)
@@ -353,23 +385,24 @@ def _write_files(
         _write_csv(out / "external.csv", table, said.p, scale.threshold, **uncertain)
         shown, shown_tiles, p, what = table, given.external_tiles, said.p, "external cells"
     title = f"{config.recipe}: {what}, {len(shown)} cells"
-    _write(out / SHEET, draw_sheet(shown, shown_tiles, p, threshold=scale.threshold, title=title))
-    _write(out / CURVES, draw_curves(report.sections["folds"], "png"))
-    _write(out / REPORT, report.to_json().encode())
-    _write(out / PAGE, page(report, sheet=(out / SHEET).read_bytes()).encode())
+    write(out / SHEET, draw_sheet(shown, shown_tiles, p, threshold=scale.threshold, title=title))
+    write(out / CURVES, draw_curves(report.sections["folds"], "png"))
+    write(out / REPORT, report.to_json().encode())
+    write(out / PAGE, page(report, sheet=(out / SHEET).read_bytes()).encode())
 
 
 def _write_csv(path: Path, cells: CellTable, p: npt.NDArray[np.float64], threshold: float, **more: Any) -> None:
     columns = {name: getattr(cells, name) for name in ("file", "dataset", "slide_id", "scanner", "domain")}
     table = pd.DataFrame({**columns, "atypical": cells.label, "p_atypical": p, "called": p >= threshold, **more})
-    _write(path, table.to_csv(index=False).encode())
+    write(path, table.to_csv(index=False).encode())
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(value, indent=1, allow_nan=False).encode())
+    write(path, json.dumps(value, indent=1, allow_nan=False).encode())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.part")
     draft.write_bytes(content)
