@@ -23,7 +23,7 @@ from eosin.geometry import ReadPlan, round_half_up
 from eosin.slides import Slide, open_slide
 
 MIDOG = "midog++"
-PICTURES = (".tiff", ".tif", ".png", ".svs", ".ome.tif", ".ome.tiff", ".jpg", ".jpeg", ".ndpi", ".dcm")
+PICTURES = (".tiff", ".tif", ".png", ".jpg", ".jpeg", ".svs", ".ndpi")
 
 Tiles = npt.NDArray[np.uint8]
 Points = npt.NDArray[np.float64]
@@ -71,6 +71,8 @@ def read_pictures(
         LabelError: no mitotic figure on any of them.
         MissingMppError: a picture does not say its mpp, and none is given.
     """
+    if not images.is_dir():
+        raise CohortError(f"{images}: no such folder of pictures")
     rows: dict[tuple[str, str], list[int]] = {}
     for at, name in enumerate(boxes.slide.tolist()):
         rows.setdefault(slide_identity(MIDOG, name), []).append(at)
@@ -147,7 +149,7 @@ def _regions(
 
 
 class Windows:
-    """Windows of pictures, drawn around figures, around look-alikes, or anywhere, in the shares asked for.
+    """Windows of pictures, drawn around figures, around lookalikes, or anywhere, in the shares asked for.
 
     Args:
         pictures: to draw from.

@@ -19,13 +19,13 @@ from scipy.spatial import KDTree
 from torch import Tensor
 from torch.nn import functional
 
-from eosin.errors import NonFiniteError
+from eosin.errors import NonFiniteError, NoTissueError
 from eosin.features.writer import replace_durably
 from eosin.finetune.cascade import DRAWN_UM, per_mm2
 from eosin.finetune.detections import Detections, detections
 from eosin.finetune.detector import peaks
 from eosin.finetune.matching import HIT_UM
-from eosin.geometry import Mpp, ReadPlan
+from eosin.geometry import LEVEL_TOLERANCE, Mpp, ReadPlan
 from eosin.slides import Slide
 from eosin.tiles.geojson import Annotation, write_geojson
 from eosin.tiles.grid import TileSpec, grid_positions
@@ -210,10 +210,13 @@ def detect_slide(
         progress: told windows done and windows in all.
 
     Raises:
+        NoTissueError: the mask is empty.
         EosinError: as `find`.
     """
-    found = find(slide, maker, threshold=threshold, mask=mask, progress=progress)
     area = mask.area_mm2(slide.mpp)
+    if not area:
+        raise NoTissueError(f"{slide.name}: the tissue mask is empty; draw one, or let it be found")
+    found = find(slide, maker, threshold=threshold, mask=mask, progress=progress)
     told = {
         "slide": name,
         "figures": len(found),
@@ -221,6 +224,7 @@ def detect_slide(
         "mpp": [slide.mpp.x, slide.mpp.y],
         "tissue_mm2": area,
         "per_mm2": per_mm2(len(found), area).to_dict(),
+        "notes": _notes(slide, maker),
     }
     path = out / f"{name}.geojson"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,3 +233,10 @@ def detect_slide(
     draft.write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
     replace_durably(draft, out / f"{name}.json")
     return told
+
+
+def _notes(slide: Slide, maker: HeatMaker) -> list[str]:
+    finer = slide.plan(tile_px=maker.window_px, mpp=maker.mpp).upsample
+    if finer <= 1 + LEVEL_TOLERANCE:
+        return []
+    return [f"windows are {finer:.2f}x finer than the slide's own {slide.mpp.mean:.3g} microns per pixel: enlarged"]

@@ -23,7 +23,7 @@ from eosin.cohort.balance import assign_groups
 from eosin.encoders import load_encoder
 from eosin.encoders.checkpoints import hash_tensors
 from eosin.encoders.encoder import Encoder
-from eosin.encoders.spec import check_side
+from eosin.encoders.spec import EncoderSpec, check_side
 from eosin.errors import CheckpointError, CohortError, ConfigError, NonFiniteError, WeightsError
 from eosin.evaluation.bootstrap import bootstrap
 from eosin.evaluation.interval import Interval
@@ -351,23 +351,27 @@ def train_detector(
     """
     pictures, notes = read_pictures(read_boxes(data), images, slide_mpp=slide_mpp)
     fold = plan_folds(pictures, folds=config.folds, seed=config.seed)
-    models: list[Detector] = []
+    source = _encoder(encoder, device)
+    check_side(source.spec, config.window_px)
+    states: list[dict[str, Tensor]] = []
     found: list[Detections | None] = [None] * len(pictures)
+    tails: list[float] = []
     for at in range(config.folds):
-        source = _encoder(encoder, device) if not models or config.adapt.mode != "head" else models[0]
-        check_side(source.spec, config.window_px)
+        if at and config.adapt.mode != "head":
+            source = _encoder(encoder, device)
         model = Detector(source.backbone, config.adapt, width=config.width, seed=config.seed + at)
         train = [picture for picture, one in zip(pictures, fold.tolist(), strict=True) if one != at]
-        train_fold(model, train, config, fold=at, progress=progress)
+        losses = train_fold(model, train, config, fold=at, progress=progress)
+        tails.append(float(np.mean(losses[-max(1, len(losses) // 10) :])))
         maker = TrainedDetector([model], window_px=config.window_px, mpp=config.mpp, threshold=0.0)
         rows = np.flatnonzero(fold == at)
         for row, one in zip(rows.tolist(), held_out(maker, [pictures[row] for row in rows]), strict=True):
             found[row] = one
-        models.append(model)
+        states.append(_state(model))
     judged = judge(pictures, cast("list[Detections]", found), fold, seed=config.seed)
-    report = _report(pictures, judged, config, encoder, notes)
+    report = _report(pictures, judged, config, encoder, notes) | {"loss": tails}
     out.mkdir(parents=True, exist_ok=True)
-    save_detector(out, models, config, encoder=encoder, threshold=judged.threshold)
+    save_detector(out, states, config, spec=source.spec, encoder=encoder, threshold=judged.threshold)
     draft = out / f".{REPORT}.part"
     draft.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     replace_durably(draft, out / REPORT)
@@ -410,16 +414,34 @@ def _report(
     }
 
 
+def _state(model: Detector) -> dict[str, Tensor]:
+    """Return a copy of what training changed; the network itself can go."""
+    return {key: value.cpu().contiguous().clone() for key, value in trained_state(cast(Any, model)).items()}
+
+
 def save_detector(
-    folder: Path, models: Sequence[Detector], config: DetectConfig, *, encoder: str, threshold: float
+    folder: Path,
+    states: Sequence[Mapping[str, Tensor]],
+    config: DetectConfig,
+    *,
+    spec: EncoderSpec,
+    encoder: str,
+    threshold: float,
 ) -> Path:
     """Write what the folds trained as one file, whole or not at all; an encoder that is a file is copied beside it.
+
+    Args:
+        folder: to write to.
+        states: what each fold trained, as `saving.trained_state` names it.
+        config: how.
+        spec: of the encoder, with the hash of its weights before training.
+        encoder: as `load_encoder` takes it.
+        threshold: chosen out of fold.
 
     Raises:
         NonFiniteError: a trained value is NaN or infinite.
         WeightsError: the encoder has no hash of its weights.
     """
-    spec = models[0].spec
     if not spec.weights_hash:
         raise WeightsError(f"{spec.name} has no hash of its weights, so that a file could not name them; load it anew")
     source, name = Path(encoder), encoder
@@ -429,16 +451,12 @@ def save_detector(
         draft = folder / f".{name}.part"
         shutil.copyfile(source, draft)
         replace_durably(draft, folder / name)
-    state = {
-        f"{at}/{key}": value.detach().cpu().contiguous()
-        for at, model in enumerate(models)
-        for key, value in trained_state(cast(Any, model)).items()
-    }
+    state = {f"{at}/{key}": value for at, one in enumerate(states) for key, value in one.items()}
     about = {
         "detector": VERSION,
         "encoder": name,
         "weights_hash": spec.weights_hash,
-        "folds": len(models),
+        "folds": len(states),
         "config": asdict(config),
         "threshold": threshold,
         "trained_hash": hash_tensors(state),
