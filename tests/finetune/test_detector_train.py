@@ -150,6 +150,7 @@ def test_f1_is_at_the_threshold_that_the_other_folds_choose() -> None:
     assert (judged.counts.tp, judged.counts.fp, judged.counts.fn) == (12, 8, 12)
     assert judged.f1.point == pytest.approx(24 / (24 + 8 + 12))
     assert judged.f1.clusters == 4
+    assert judged.slide_counts.tolist() == [[6, 4, 0], [6, 4, 0], [0, 0, 6], [0, 0, 6]]
     assert judged.threshold == 0.5
 
 

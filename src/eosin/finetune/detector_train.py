@@ -124,12 +124,14 @@ class Judged:
     Attributes:
         threshold: of the best F1 over all folds, what a new slide is judged at.
         counts: TP, FP and FN of all slides, each at the threshold that the other folds choose.
+        slide_counts: int64 (slides, 3), the same of each slide, slides sorted by name.
         f1: of `counts`, with an interval over slides.
         fold_thresholds: what was used for each fold.
     """
 
     threshold: float
     counts: Counts
+    slide_counts: npt.NDArray[np.int64]
     f1: Interval
     fold_thresholds: tuple[float, ...]
 
@@ -297,6 +299,7 @@ def judge(
     return Judged(
         threshold=float(STEPS[_best(tried)]),
         counts=pooled(counts),
+        slide_counts=counts,
         f1=bootstrap(f1_metric(counts), groups, seed=seed),
         fold_thresholds=tuple(float(STEPS[at]) for at in chosen),
     )
