@@ -173,6 +173,12 @@ def test_a_first_stage_narrows_the_search(world: World) -> None:
     example = whole_slide(indexed_tiles(world.index, "s04"))
     found = find_cases(world.index, example, CaseSettings(first_stage=6, k=3, tiles=300))
     assert [case.slide_id for case in found.cases] == expected(world, "s04", score, 3)
+    assert found.proven is False
+    assert found.notes[-1].startswith("Only the 6 of 22 slides whose mean vector is nearest were looked at; another")
+    assert find_cases(world.index, example, CaseSettings(first_stage=22, k=3, tiles=900)).proven
+    by_vector = find_cases(world.index, example, CaseSettings(first_stage=6, k=3, aggregator="slide-vector"))
+    assert by_vector.proven
+    assert by_vector.notes == ()
 
 
 def test_the_vote_is_that_of_the_nearest_tiles(world: World) -> None:
@@ -191,6 +197,8 @@ def test_the_vote_is_that_of_the_nearest_tiles(world: World) -> None:
     example = whole_slide(indexed_tiles(world.index, name))
     found = find_cases(world.index, example, CaseSettings(aggregator="entropy-vote", tiles=tiles, k=3))
     assert [case.slide_id for case in found.cases] == expected(world, name, score, 3)[: len(found.cases)]
+    assert found.proven is None
+    assert "cannot show that no other slide is more like it" in found.notes[-1]
     entropy = {str(world.slide[at]): value for at, value in zip(vote.slide, vote.entropy, strict=True)}
     for case in found.cases:
         assert case.entropy == pytest.approx(entropy[case.slide_id])

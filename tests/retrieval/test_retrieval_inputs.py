@@ -40,6 +40,16 @@ def test_ids_tell_places_and_features_apart():
     np.testing.assert_array_equal(tile_ids("a.svs", xy[::-1].astype(np.int32), same), ids[::-1])
 
 
+def test_texts_and_numbers_of_numpy_are_what_they_say():
+    xy = np.array([[0, 0], [448, 7]])
+    spec = dataclasses.replace(SPEC, encoder=np.str_("tiny"), mpp=np.float64(0.5), tile_px=np.int64(224))
+    np.testing.assert_array_equal(tile_ids(np.str_("a.svs"), xy, spec), tile_ids("a.svs", xy, SPEC))
+    columns = {"word": np.array([np.str_("a"), "b"], object), "words": np.array(["a", "b"])}
+    for column in check_payload(columns, {"word": "keyword", "words": "keyword"}, 2).values():
+        assert [type(value) for value in column] == [str, str]
+        assert column.tolist() == ["a", "b"]
+
+
 def naive_mmr(score, vectors, k, relevance):
     """The formula, one candidate at a time."""
     chosen = []

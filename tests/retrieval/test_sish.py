@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,7 +25,7 @@ from eosin.errors import (
 from eosin.heads.neighbours import nearest
 from eosin.retrieval import sish_files
 from eosin.retrieval.codes import encode
-from eosin.retrieval.engines import create_index
+from eosin.retrieval.engines import create_index, open_index
 from eosin.retrieval.filters import All, FieldType, Is, Not
 from eosin.retrieval.manifest import Manifest, lock_index, read_manifest, write_manifest
 from eosin.retrieval.protocol import IndexSpec
@@ -331,6 +332,13 @@ def test_another_engine_is_not_opened(index: SishIndex, tmp_path: Path) -> None:
         open_sish(tmp_path)
     with pytest.raises(IndexStoreError, match=r"holds an index already \(exact\)"):
         save_sish(index, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["auto", "exact"])
+def test_opened_as_another_engine_its_own_function_is_named(index: SishIndex, tmp_path: Path, engine: Any) -> None:
+    save_sish(index, tmp_path)
+    with pytest.raises(IndexStoreError, match=r"open it with eosin\.retrieval\.sish_files\.open_sish"):
+        open_index(tmp_path, engine=engine)
 
 
 def test_queries_that_cannot_be_answered(index: SishIndex) -> None:

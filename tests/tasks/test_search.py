@@ -113,6 +113,11 @@ def test_an_image_file_is_read_as_the_slides_were(made: Archive, index: VectorIn
     stained = replace(recipe, stain={"method": "macenko"})
     with pytest.raises(QueryError, match="normalised by macenko"):
         ask(index, Question(queries=(str(path),), image_mpp=MPP), recipe=stained)
+    # A server keeps no recipe; what the index itself was made with tells.
+    stained_spec = replace(index.spec, made_with={**(index.spec.made_with or {}), "stain": {"method": "reinhard"}})
+    far = create_index(tmp_path / "far", stained_spec)
+    with contextlib.closing(far), pytest.raises(QueryError, match="normalised by reinhard"):
+        ask(far, Question(queries=(str(path),), image_mpp=MPP))
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(eosin.errors.SlideError, match=r"text.png"):
         ask(index, Question(queries=(str(tmp_path / "text.png"),), image_mpp=MPP))

@@ -18,7 +18,10 @@ from PIL import Image
 import slidegen
 from eosin.errors import SlideError
 from eosin.features import FeatureStore
+from eosin.retrieval.engines import open_index
 from eosin.slides import open_slide
+from eosin.tasks import search as search_module
+from eosin.tasks import search_cases
 from eosin.tasks.search import Question, answer
 from eosin.tasks.search_cases import answer_cases
 from eosin.tasks.search_demo import search_picture
@@ -264,6 +267,34 @@ def test_cases_are_shown_with_their_evidence(made: Archive, tmp_path: Path) -> N
     assert json.loads((tmp_path / "cases.json").read_text()) == json.loads(json.dumps(record))
     assert "patient P3" in page.text
     assert all(isinstance(pair["id"], str) for case in record["cases"] for pair in case["pairs"])
+
+
+def test_what_the_search_could_not_prove_stands_on_the_page(made: Archive, tmp_path: Path) -> None:
+    question = Question(queries=("north/a.tif",), k=1)
+    result, record, _ = answer_cases(str(made.index), question, aggregator="entropy-vote", out=tmp_path)
+    (note,) = [note for note in result.notes if "cannot show that no other slide" in note]
+    text = " ".join(Page(tmp_path / "cases.html").text.split())
+    assert note in text
+    assert "not shown to be complete" in text
+    assert note in record["notes"]
+
+
+@pytest.mark.parametrize("cases", [False, True])
+def test_an_index_on_a_server_says_why_it_has_no_pictures(
+    made: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: bool
+) -> None:
+    # A server holds the points alone; here those of the folder stand in for it.
+    ask, module, page = (answer_cases, search_cases, "cases.html") if cases else (answer, search_module, "search.html")
+    monkeypatch.setattr(module, "open_index", lambda *_, **__: open_index(made.index))
+    question = Question(queries=("south/c.tif:128,256",), k=2)
+    result, record, _ = ask("http://localhost:6333/tiles", question, out=tmp_path / "without")
+    assert result.notes[-1].startswith("An index on a server does not remember where slides lie: ")
+    assert record["notes"][-1] == result.notes[-1]
+    shown = Page(tmp_path / "without" / page)
+    assert result.notes[-1] in " ".join(shown.text.split())
+    with_slides, _, _ = ask("http://localhost:6333/tiles", question, slides=(made.slides,), out=tmp_path / "with")
+    assert not any("An index on a server" in note for note in with_slides.notes)
+    assert len(Page(tmp_path / "with" / page).images) > len(shown.images)
 
 
 def test_the_demo_picture_shows_searches_inside_one_slide(made: Archive) -> None:

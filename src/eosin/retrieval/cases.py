@@ -11,7 +11,7 @@ and subtypes that are never found (Lahr et al. 2024, arXiv:2401.03271). Measure 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -122,7 +122,8 @@ class CaseResult:
         candidates: slides that could have been found.
         compared: slides that were compared in full.
         proven: whether no other slide can score higher, if the engine's neighbours are the true ones; None for
-            aggregators that do not compare with all.
+            "entropy-vote", which compares slides by their nearest tiles alone. Slides that a first stage left out may
+            always score higher. Where this is not True, `notes` says so.
         mix: label -> share of the neighbours of all tiles of the mosaic.
         base: label -> share of the tiles that could have been found: what `mix` would be by chance.
         notes: what a reader must know, in sentences.
@@ -276,6 +277,8 @@ def find_cases(
         ranked = _vote_ranking(look, count)
     else:
         ranked = _tile_ranking(look)
+        if len(by_vector) < len(allowed) and settings.first_stage is not None:
+            ranked = replace(ranked, proven=False)
     return CaseResult(
         query=example.name,
         tiles=len(chosen),
@@ -451,7 +454,18 @@ def _notes(example: Example, settings: CaseSettings, ranked: _Ranked, candidates
         )
     if not settings.same_patient and not example.about.get("patient_id"):
         notes.append(f"The patient of {example.name} is not known: other slides of that patient were not left out.")
-    if ranked.proven is False:
+    if ranked.proven is None and candidates:
+        notes.append(
+            f"The vote looks at the {settings.tiles} nearest tiles of each tile of the query, and cannot show that no "
+            "other slide is more like it."
+        )
+    narrowed = settings.first_stage is not None and settings.first_stage < candidates
+    if narrowed and settings.aggregator != "slide-vector":
+        notes.append(
+            f"Only the {settings.first_stage} of {candidates} slides whose mean vector is nearest were looked at; "
+            "another one may score higher."
+        )
+    elif ranked.proven is False:
         notes.append(
             f"{ranked.compared} of {candidates} slides were compared in full; another one may score higher. Look up "
             f"more neighbours (now {settings.tiles}) or compare more slides (now at most {settings.most}) to be sure."

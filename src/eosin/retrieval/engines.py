@@ -17,6 +17,7 @@ from eosin.retrieval.protocol import IndexSpec, VectorIndex, check_same_features
 Engine = Literal["auto", "exact", "edge", "server"]
 
 ENGINES = ("exact", "edge", "server")
+SISH = "sish"
 FEW = 200_000
 """Points below which `auto` takes the exact engine: a search is a scan, and nothing has to be built."""
 
@@ -64,7 +65,7 @@ def open_index(
         return ServerIndex.open(str(path_or_url), api_key=api_key)
     path = Path(path_or_url)
     manifest = read_manifest(path)
-    if engine not in ("auto", manifest.engine):
+    if engine not in ("auto", manifest.engine) and manifest.engine != SISH:
         raise IndexStoreError(f"{path} was made by the engine {manifest.engine!r}, not {engine!r}; open it as it is")
     if not manifest.complete:
         raise IndexCorruptError(
@@ -78,6 +79,11 @@ def open_index(
         from eosin.retrieval.edge import EdgeIndex
 
         return EdgeIndex.open(path)
+    if manifest.engine == SISH:
+        raise IndexStoreError(
+            f"{path} was made by the engine {SISH!r}, which looks up a bounded number of candidates and so is no index "
+            "of this kind: open it with eosin.retrieval.sish_files.open_sish"
+        )
     raise IndexStoreError(
         f"{path} was made by the engine {manifest.engine!r}, which is none of {', '.join(ENGINES)}: open it with the "
         "function that made it, or upgrade eosin"

@@ -170,6 +170,7 @@ def _column(name: str, kind: FieldType, column: npt.NDArray[Any], rows: int) -> 
         wrong = [value for value in column.tolist() if not isinstance(value, str)]
         if wrong:
             raise QueryError(f"payload {name!r} must be text, not {wrong[0]!r}; a missing value is the empty text")
+        column[:] = [str(value) for value in column.tolist()]  # numpy's texts are str, and are not JSON's
     return column.astype(_DTYPES[kind])
 
 

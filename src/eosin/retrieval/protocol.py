@@ -256,7 +256,9 @@ def tile_ids(slide_id: str, xy: npt.NDArray[np.integer], spec: IndexSpec) -> Ids
         xy: level-0 top-left corners (n, 2), integer.
         spec: of the index.
     """
-    head = repr((slide_id, spec.tile_px, spec.mpp, spec.encoder, spec.weights_sha256)).encode()
+    named = (slide_id, spec.tile_px, spec.mpp, spec.encoder, spec.weights_sha256)
+    # numpy's own texts and numbers have another repr, and would give another id.
+    head = repr(tuple(value.item() if isinstance(value, np.generic) else value for value in named)).encode()
     first = hashlib.blake2b(head, digest_size=8)
     ids = np.empty(len(xy), np.uint64)
     for row, place in enumerate(np.ascontiguousarray(xy, "<i8")):

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from eosin.errors import IndexCorruptError, IndexStoreError
 from eosin.features.writer import fsync_folder
 from eosin.retrieval.codes import codebook_of, occupied_cells
+from eosin.retrieval.engines import SISH
 from eosin.retrieval.manifest import Manifest, disk_trouble, is_index, lock_index, read_manifest, write_manifest
 from eosin.retrieval.sish import SishIndex
 
-ENGINE = "sish"
+ENGINE = SISH
 MAPPED = "vectors"
 """The one array that is not read, and so not checked by content, when an index is opened."""
 

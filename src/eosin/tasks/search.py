@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from eosin.retrieval.filters import All, Filter, parse_filter
 from eosin.retrieval.protocol import Floats, IndexSpec, VectorIndex, check_same_features
 from eosin.retrieval.queries import SearchResult, SearchSettings, search
 from eosin.tasks.search_results import result_to_dict, write_results
-from eosin.tasks.search_slides import remembered_recipe, slide_files
+from eosin.tasks.search_slides import remembered_recipe, slide_files, unknown_places
 from eosin.tiles import read_geojson
 
 _PLACE = re.compile(r"(?P<slide>.+):(?P<x>\d+),(?P<y>\d+)(?:,(?P<width>\d+),(?P<height>\d+))?")
@@ -138,7 +138,10 @@ def answer(
         result = ask(opened, question, recipe=remembered_recipe(index))
     if out is None:
         return result, result_to_dict(result, index=index), {}
-    record, made = write_results(result, out, index=index, slides=slide_files(index, slides))
+    files = slide_files(index, slides)
+    without = unknown_places(index, set(result.hits.payload["slide_id"].tolist()) - files.keys())
+    result = replace(result, notes=(*result.notes, *without))
+    record, made = write_results(result, out, index=index, slides=files)
     return result, record, made
 
 
@@ -214,9 +217,19 @@ class _Reader:
 
     def _image(self, path: Path) -> Example:
         if self._encode is None:
-            self._encode = _image_encoder(self.index.spec, self.question.encoder, self.recipe)
-        icc = self.recipe is not None and self.recipe.icc
+            self._encode = _image_encoder(self.index.spec, self.question.encoder, self._made_with())
+        icc = bool(self._made_with().get("icc"))
         return image_tiles(path, self.index.spec, self._encode, mpp=self.question.image_mpp, icc=icc)
+
+    def _made_with(self) -> Mapping[str, Any]:
+        """Return pooling, stain and icc of the features: as the folder's recipe says, or as a server's index does."""
+        if self.recipe is None:
+            return self.index.spec.made_with or {}
+        return {
+            "pooling": self.recipe.encoder.get("pooling"),
+            "stain": self.recipe.stain,
+            "icc": self.recipe.icc,
+        }
 
 
 def _short_names(slide_id: str) -> tuple[str, ...]:
@@ -225,7 +238,7 @@ def _short_names(slide_id: str) -> tuple[str, ...]:
 
 
 def _image_encoder(
-    spec: IndexSpec, name: str | None, recipe: Recipe | None
+    spec: IndexSpec, name: str | None, made_with: Mapping[str, Any]
 ) -> Callable[[npt.NDArray[np.uint8]], Floats]:
     """Return what makes vectors of tiles as those of the index were made.
 
@@ -235,12 +248,12 @@ def _image_encoder(
     """
     from eosin.encoders import load_encoder  # torch is needed here only
 
-    if recipe is not None and recipe.stain is not None:
+    if made_with.get("stain") is not None:
         raise QueryError(
-            f"the index holds features of tiles normalised by {recipe.stain.get('method')}, fitted on whole slides; an "
-            "image is too small for that fit: name a tile of a slide instead"
+            f"the index holds features of tiles normalised by {made_with['stain'].get('method')}, fitted on whole "
+            "slides; an image is too small for that fit: name a tile of a slide instead"
         )
-    pooling = None if recipe is None else recipe.encoder.get("pooling")
+    pooling = made_with.get("pooling")
     encoder = load_encoder(name or spec.encoder, pooling=None if pooling == "none" else pooling)
     weights = encoder.spec.weights_hash or None
     same = weights is not None and weights == spec.weights_sha256

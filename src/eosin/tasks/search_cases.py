@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from eosin.tasks.pictures import data_uri, jpeg_bytes
 from eosin.tasks.search import Question, read_examples, read_filter
 from eosin.tasks.search_page import GREY, PALETTE
 from eosin.tasks.search_pictures import OUTLINE, Pixels, SlideFile, crop, open_again, outlined
-from eosin.tasks.search_slides import remembered_recipe, slide_files
+from eosin.tasks.search_slides import remembered_recipe, slide_files, unknown_places
 from eosin.version import __version__
 
 SCHEMA = "eosin.cases/1"
@@ -100,9 +100,12 @@ def answer_cases(
             exact=question.exact,
         )
         result = find_cases(opened, example, settings)
+        files = slide_files(index, slides)
+        without = unknown_places(index, {case.slide_id for case in result.cases} - files.keys())
+        result = replace(result, notes=(*result.notes, *without)) if out is not None else result
         record = cases_to_dict(result, example, index=index, spec=opened.spec.to_dict())
         places = case_places(opened, example, result)
-    made = {} if out is None else write_cases(result, record, places, out, slides=slide_files(index, slides))
+    made = {} if out is None else write_cases(result, record, places, out, slides=files)
     return result, record, made
 
 
@@ -258,7 +261,12 @@ def _mix(mix: Mapping[str, float], base: Mapping[str, float], colors: Mapping[st
 
 def _record(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     spec, settings = record["spec"], record["settings"]
-    proven = {True: "no other slide can score higher", False: "another slide may score higher", None: "does not apply"}
+    proven = {
+        True: "no other slide can score higher"
+        + ("" if settings["exact"] else ", if the engine's neighbours are true"),
+        False: "another slide may score higher",
+        None: "not shown to be complete",
+    }
     return [
         ("index", record["index"]),
         ("encoder", f"{spec['encoder']}, {spec['dim']} numbers a tile; weights {spec['weights_sha256'] or 'none'}"),

@@ -91,6 +91,17 @@ def slide_files(index: str, given: Iterable[Path]) -> dict[str, SlideFile]:
     return known
 
 
+def unknown_places(index: str, without: Iterable[str]) -> tuple[str, ...]:
+    """Return a note, or none, on slides that a page on an index on a server shows without pictures."""
+    names = sorted(without)
+    if not names or not is_url(index):
+        return ()
+    return (
+        f"An index on a server does not remember where slides lie: {len(names)} slides have no pictures here (first "
+        f"{names[0]}); give their folder with --slides.",
+    )
+
+
 def _fingerprint(store: FeatureStore, slide_id: str) -> str | None:
     try:
         found = store.tiles(slide_id).slide.get("slide_fingerprint")
