@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from eosin.cli import encoders, evaluate, extract, finetune, look, pretrain, probe, review, search
+from eosin.cli import (
+    cells,
+    detect,
+    distil,
+    encoders,
+    evaluate,
+    extract,
+    finetune,
+    look,
+    pretrain,
+    probe,
+    review,
+    search,
+)
 from eosin.errors import EosinError
 
 app = typer.Typer(
@@ -29,6 +42,9 @@ app.command()(look.convert)
 app.command()(probe.probe)
 app.command()(evaluate.validate)
 app.command()(finetune.finetune)
+app.command()(distil.distil)
+app.command()(cells.cells)
+app.add_typer(detect.app, name="detect")
 app.command()(search.index)
 app.command()(search.search)
 app.command()(review.review)
