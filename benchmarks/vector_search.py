@@ -222,7 +222,7 @@ def table(results: dict[str, Any]) -> str:
         if "failed" in result["build"] or "failed" in result["search"]:
             lines.append(f"| {name} | failed | | | | | | | |")
             continue
-        setting, runs = _chosen(result["search"]["runs"])
+        setting, runs = chosen(result["search"]["runs"])
         plain = next(one for one in runs if one["selection"] == "everything")
         build = round(sum(result["build"]["seconds"].values()), 1)
         cells = [build, result["build"]["peak_mib"], result["build"]["disk_mib"], min(one["recall"] for one in runs)]
@@ -231,7 +231,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _chosen(runs: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+def chosen(runs: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """Return the setting with the lowest worst p95 of those that reach `GOOD` everywhere; else of the best recall."""
     measured = {"selection", "queries", "recall", "p50_ms", "p95_ms", "p99_ms", "cpu_ms"}
     groups: dict[str, list[dict[str, Any]]] = {}
