@@ -22,6 +22,9 @@ def finetune(
     data: Annotated[Path, typer.Option("--data", help="Table of cells, or a folder with one.", metavar="DIR_OR_TABLE")],
     encoder: Annotated[str, typer.Option("--encoder", help="What to fine-tune.", metavar="NAME")],
     out: Out,
+    expert: Annotated[
+        str, typer.Option("--expert", help="A second encoder, such as a CNN, mixed in by a gate.", metavar="NAME")
+    ] = "",
     external: Annotated[
         str | None, typer.Option("--external", help="Cells predicted once, never trained on.", metavar="FIELD=VALUE")
     ] = None,
@@ -41,6 +44,8 @@ def finetune(
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
     folds: Annotated[int | None, typer.Option("--folds", min=2, help="Folds of whole slides.")] = None,
     tta: Annotated[str | None, typer.Option("--tta", help="Views at inference: none, rot4 or dihedral.")] = None,
+    soft_labels: Annotated[bool, typer.Option("--soft-labels", help="Train on shares of atypical votes.")] = False,
+    mix: Annotated[str, typer.Option("--mix", help="Mix half of the training tiles: mixup or cutmix.")] = "",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 0,
@@ -51,9 +56,11 @@ def finetune(
 
     given = {"crop_px": crop, "epochs": epochs, "batch": batch, "lr": lr, "folds": folds, "tta": tta}
     config = _config(recipe, given, mode=mode, rank=rank, without=without)
-    settled = _changed(config, leave_out=leave_out, checkpointing=checkpointing, seed=seed)
+    more = {"soft_labels": soft_labels, "mix": _mix(mix), "checkpointing": checkpointing}
+    settled = _changed(config, leave_out=leave_out, seed=seed, **more)
+    where = {"out": out, "external": _pair(external), "expert": expert, "device": device}
     with _bar() as progress:
-        report = run(data, encoder, settled, out=out, external=_pair(external), device=device, progress=progress)
+        report = run(data, encoder, settled, **where, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -82,6 +89,16 @@ def _changed(value: Any, **changes: Any) -> Any:
     from dataclasses import replace
 
     return replace(value, **changes)
+
+
+def _mix(name: str) -> Any:
+    """Return how tiles are mixed: one half of them, in one way."""
+    from eosin.finetune.mix import MixConfig
+
+    if name not in ("", "mixup", "cutmix"):
+        raise typer.BadParameter(f"{name!r} is not mixup or cutmix", param_hint="--mix")
+    chances = {"mixup_chance": 0.5 * (name == "mixup"), "cutmix_chance": 0.5 * (name == "cutmix")}
+    return MixConfig(**chances) if name else None
 
 
 def _pair(text: str | None) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ of the folds, and then one temperature divides them: P = sigmoid(mean / T). Ever
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from eosin.finetune.saving import load_trained
 BATCH = 64
 MODEL = "model"
 ENSEMBLE = "ensemble.json"
+CONFIG = "config.json"
 VERSION = 1
 Floats = npt.NDArray[np.float64]
 
@@ -66,26 +68,31 @@ class Input:
         return (images - mean) / std
 
 
-def input_of(spec: EncoderSpec, *, tile_px: int, input_px: int = 0, crop_px: int = 0) -> Input:
-    """Return how tiles of `tile_px` become the input of an encoder.
+def input_of(
+    spec: EncoderSpec, *, tile_px: int, input_px: int = 0, crop_px: int = 0, expert: EncoderSpec | None = None
+) -> Input:
+    """Return how tiles of `tile_px` become the input of an encoder, or of two that look at the same input.
 
     Args:
-        spec: of the encoder.
+        spec: of the encoder; a second one gets the input normalised as this one.
         tile_px: side of the tiles.
         input_px: side to resize to; 0 keeps the tiles' pixels and cuts the centre to a whole number of patches.
         crop_px: side of the centre of a tile that is used; 0 is all of it.
+        expert: of a second encoder, whose patches must fit into the input, too.
 
     Raises:
         GeometryError: the input is no whole number of patches, or the centre is larger than the tile.
     """
     if crop_px > tile_px:
         raise GeometryError(f"crop_px is {crop_px}, and the tiles have {tile_px} px; it must not be larger")
-    patch = spec.patch_px or 1
+    both = (spec,) if expert is None else (spec, expert)
+    patch = math.lcm(*(one.patch_px or 1 for one in both))
     centre = crop_px or tile_px
     side = input_px or centre // patch * patch
     if side < 1 or side % patch:
         raise GeometryError(
-            f"{spec.name} takes sides that are a multiple of {patch} px, found {input_px or centre}; the closest are "
+            f"{' with '.join(one.name for one in both)} takes sides that are a multiple of {patch} px, found "
+            f"{input_px or centre}; the closest are "
             f"{max(patch, side // patch * patch)} and {(side // patch + 1) * patch}"
         )
     return Input(side_px=side, crop_px=crop_px if input_px else side, mean=spec.mean, std=spec.std)
@@ -271,11 +278,20 @@ class Ensemble:
 
 
 def write_ensemble(
-    folder: Path, files: Sequence[Path], *, encoder: str, how: Input, scale: Scale, tta: Tta, precision: str
+    folder: Path,
+    files: Sequence[Path],
+    *,
+    encoder: str,
+    how: Input,
+    scale: Scale,
+    tta: Tta,
+    precision: str,
+    expert: str = "",
 ) -> Path:
     """Write a folder that answers by itself: what each fold trained, and how their answers become calls.
 
-    An encoder that is a file is copied into it; a registered one is named, and must be installed where it is loaded.
+    An encoder that is a file, or a folder with its config.json, is copied into it; a registered one is named, and must
+    be installed where it is loaded.
 
     Args:
         folder: to write to.
@@ -285,17 +301,16 @@ def write_ensemble(
         scale: temperature and threshold.
         tta: views whose logits are averaged.
         precision: of the training, "fp32" or "bf16"; the ensemble answers in it.
+        expert: the second encoder of a mixture, likewise; "" where there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"fold-{at + 1:02d}.safetensors" for at in range(len(files))]
     for name, file in zip(names, files, strict=True):
         _copy(file, folder / name)
-    source = Path(encoder)
-    if source.is_file():
-        _copy(source, folder / f"encoder{source.suffix}")
     told = {
         "version": VERSION,
-        "encoder": f"encoder{source.suffix}" if source.is_file() else encoder,
+        "encoder": _kept(folder, encoder, "encoder"),
+        **({"expert": _kept(folder, expert, "expert")} if expert else {}),
         "folds": names,
         "input": asdict(how),
         "scale": scale.to_dict(),
@@ -309,6 +324,21 @@ def write_ensemble(
     return folder
 
 
+def _kept(folder: Path, source: str, stem: str) -> str:
+    """Return what an encoder is called in a folder, after copying it if it is files and not a name."""
+    path = Path(source)
+    if path.is_file():
+        _copy(path, folder / f"{stem}{path.suffix}")
+        return f"{stem}{path.suffix}"
+    if not (path / CONFIG).is_file():
+        return source
+    (folder / stem).mkdir(exist_ok=True)
+    for file in path.iterdir():
+        if file.suffix in (*SUFFIXES, ".json"):
+            _copy(file, folder / stem / file.name)
+    return stem
+
+
 def load_classifier(
     folder: Path, *, device: str = "auto", encoder: str = "", folds: Sequence[int] | None = None
 ) -> Ensemble:
@@ -317,7 +347,7 @@ def load_classifier(
     Args:
         folder: of `write_ensemble`, or of the run that wrote it.
         device: "auto", "cpu", "cuda" ...
-        encoder: where the encoder lies, if not where the folder says.
+        encoder: where the encoder lies, if not where the folder says; of a mixture, the first.
         folds: numbers, from 0, of the folds that are to answer; None is all.
 
     Raises:
@@ -330,21 +360,18 @@ def load_classifier(
         scale, tta, names = Scale(**told["scale"]), told["tta"], list(told["folds"])
         eyes = told["input"]
         how = Input(**{**eyes, "mean": tuple(eyes["mean"]), "std": tuple(eyes["std"])})
-        source, precision = encoder or str(told["encoder"]), str(told["precision"])
+        sources, precision = [encoder or str(told["encoder"])], str(told["precision"])
+        sources += [str(told["expert"])] if told.get("expert") else []
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no {ENSEMBLE}; give the folder that eosin finetune wrote") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / ENSEMBLE} is damaged ({error!r}); copy it again") from error
-    beside = folder / source
-    if not encoder and beside.suffix in SUFFIXES and beside.is_file():
-        source = str(beside)
+    sources = [source if source == encoder else _found(folder, source) for source in sources]
     models, where = [], "cpu"
     for name in names if folds is None else [names[at] for at in folds]:
-        loaded = load_encoder(source, device=device, precision=precision, backend="torch")
-        if not isinstance(loaded, Encoder):
-            raise ConfigError(f"{source} is no encoder that can have been trained")
-        where = loaded.device
-        models.append(load_trained(folder / name, [loaded])[0].to(where))
+        loaded = [_load_base(source, device=device, precision=precision) for source in sources]
+        where = loaded[0].device
+        models.append(load_trained(folder / name, loaded)[0].to(where))
     return Ensemble(
         models,
         how,
@@ -354,6 +381,20 @@ def load_classifier(
         device=where,
         precision=precision,
     )
+
+
+def _found(folder: Path, source: str) -> str:
+    """Return the file of an encoder that lies in the folder, or the name that it has."""
+    beside = folder / source
+    kept = (beside.suffix in SUFFIXES and beside.is_file()) or (beside / CONFIG).is_file()
+    return str(beside) if kept else source
+
+
+def _load_base(source: str, *, device: str, precision: str) -> Encoder:
+    loaded = load_encoder(source, device=device, precision=precision, backend="torch")
+    if not isinstance(loaded, Encoder):
+        raise ConfigError(f"{source} is no encoder that can have been trained")
+    return loaded
 
 
 def _copy(source: Path, target: Path) -> None:

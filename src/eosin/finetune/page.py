@@ -74,7 +74,7 @@ def page(report: Report, *, sheet: bytes, first: Sequence[Row] = ()) -> str:
     return environment.get_template("finetune.html.j2").render(
         title=f"eosin: {r['run']['recipe']['recipe']}",
         heading="How well are atypical mitotic figures told?",
-        lead=f"{r['run']['encoder']}, {r['run']['recipe']['adapt']['mode']}: {r['run']['trained']:,} of "
+        lead=f"{_encoders(r['run'])}: {r['run']['trained']:,} of "
         f"{r['run']['parameters']:,} numbers trained; {r['data']['own']['n']} cells of {r['data']['own']['slides']} "
         f"slides, {r['data']['own']['atypical']} atypical, {len(r['folds'])} folds.",
         remarks=[remark.to_dict() for remark in report.remarks],
@@ -84,6 +84,13 @@ def page(report: Report, *, sheet: bytes, first: Sequence[Row] = ()) -> str:
         footer=f"Made by eosin {__version__}. For research only: not for clinical use. Intervals resample slides and "
         "keep the trained models; they do not cover bias in how cells were chosen or labelled.",
     )
+
+
+def _encoders(run: Row) -> str:
+    """Return what was trained, and how: the encoder, and the expert where there is one."""
+    said = f"{run['encoder']}, {run['recipe']['adapt']['mode']}"
+    expert = run["recipe"].get("expert")
+    return said if expert is None else f"{said}, mixed by a gate with {run['expert']}, {expert['mode']}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -261,12 +268,16 @@ def _record(report: Report) -> dict[str, Any]:
         ("encoder", r["encoder"]),
         ("weights", r["weights_hash"]),
         ("licence of the weights", r["licence"]),
+        *((words, r[name]) for name, words in _EXPERT.items() if name in r),
         ("precision", r["precision"]),
         ("what a fold trained", f"{r['trained_bytes'] / 1e6:.2f} MB"),
         ("eosin", report.provenance["eosin"]),
         ("python", report.provenance["python"]),
     ]
     return {"kind": "table", "columns": ["", ""], "rows": [{"cells": list(row)} for row in rows], "caption": ""}
+
+
+_EXPERT = {"expert": "expert", "expert_weights_hash": "its weights", "expert_licence": "licence of its weights"}
 
 
 def _figure(uri: str | bytes, caption: str) -> dict[str, Any]:

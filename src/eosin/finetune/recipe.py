@@ -35,6 +35,7 @@ class FinetuneConfig:
     Attributes:
         recipe: its name.
         adapt: what of the encoder trains, beside the head.
+        expert: what of a second encoder trains, which is mixed with the first by a gate; None is no second one.
         crop_px: side of the centre of a tile that is used, pixels; 0 is the whole tile.
         input_px: side of the encoder's input; 0 is the tile's own, cut to whole patches; else tiles are resized.
         checkpointing: forget activations and compute them twice, to fit a large encoder.
@@ -62,6 +63,7 @@ class FinetuneConfig:
 
     recipe: str = "amf"
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    expert: AdaptConfig | None = None
     crop_px: int = 0
     input_px: int = 0
     checkpointing: bool = False
@@ -118,7 +120,10 @@ class FinetuneConfig:
     @property
     def hash(self) -> str:
         """Sha256 of the recipe, the same for the same values."""
-        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()
+        told = self.to_dict()
+        if self.expert is None:  # as it was before there were any: states of then go on
+            del told["expert"]
+        return hashlib.sha256(canonical_json(told).encode()).hexdigest()
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(

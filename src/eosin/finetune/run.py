@@ -7,8 +7,8 @@ each fold trained (`folds/`), and `model/`: the ensemble that `eosin.finetune.in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,18 +19,19 @@ import pandas as pd
 
 from eosin.encoders import load_encoder
 from eosin.encoders.encoder import Encoder
-from eosin.errors import CohortError, ConfigError, closest
+from eosin.errors import CohortError, ConfigError, LabelError, closest
 from eosin.evaluation.report import Remark, Report, plain, provenance
 from eosin.features.writer import replace_durably
-from eosin.finetune import adapters
+from eosin.finetune.adapters import AdaptConfig
 from eosin.finetune.cells import TEXT_FIELDS, CellTable, domain_counts, read_tiles
 from eosin.finetune.classifier import Classifier
+from eosin.finetune.experts import Mixture
 from eosin.finetune.folds import Fold, plan_folds
 from eosin.finetune.infer import MODEL, Input, Scale, combine, input_of, tile_logits, write_ensemble
 from eosin.finetune.page import draw_curves, page
 from eosin.finetune.recipe import FinetuneConfig, changed_fields
 from eosin.finetune.results import evaluate, fit_scale
-from eosin.finetune.saving import save_trained
+from eosin.finetune.saving import Model, save_trained
 from eosin.finetune.sheet import draw_sheet
 from eosin.finetune.tables import read_table
 from eosin.finetune.train import Job, Lesson, Status, Trained, train_fold
@@ -52,6 +53,7 @@ class FoldResult:
         plain: of its test rows, without other views.
         external: logits of the external cells, mean over views.
         file: what it trained.
+        numbers: how many numbers the model has, how many trained, and the bytes of the file.
     """
 
     fold: Fold
@@ -60,6 +62,7 @@ class FoldResult:
     plain: npt.NDArray[np.float64]
     external: npt.NDArray[np.float64]
     file: Path
+    numbers: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -81,7 +84,7 @@ class Teaching(Protocol):
         """What the record of the run says of it."""
         ...
 
-    def teach(self, at: int, job: Job, student: Classifier, /) -> tuple[Job, Lesson]:
+    def teach(self, at: int, job: Job, student: Model, /) -> tuple[Job, Lesson]:
         """Return the job of fold number `at`, with cells that only the teacher speaks of, and what it says."""
         ...
 
@@ -97,6 +100,7 @@ def finetune(
     resamples: int = RESAMPLES,
     progress: Callable[[Status], None] | None = None,
     teacher: Teaching | None = None,
+    expert: str = "",
 ) -> Report:
     """Fine-tune an encoder on cells, and report what it is worth; a run that was stopped goes on in its folder.
 
@@ -111,31 +115,32 @@ def finetune(
         resamples: of the bootstrap.
         progress: told after every epoch.
         teacher: what teaches beside the labels; None is nothing.
+        expert: a second encoder, such as a CNN, that a learned gate mixes with the first; see `experts`. All of it
+            trains where the recipe does not say what.
 
     Raises:
         CohortError: no cells, no pictures, or no such external cells.
-        LabelError: a class is missing, or lies in too few slides for the folds.
+        LabelError: a class is missing, or lies in too few slides for the folds; or no votes for soft labels.
         ConfigError: the folder holds another run, or the encoder cannot be trained.
         EosinError: as `train_fold`.
     """
     table = data if isinstance(data, CellTable) else read_table(data)
     given = _read(table, external, _tables(data))
-    first = _load(encoder, device)
-    side_px = given.tiles.shape[1]
-    how = input_of(first.spec, tile_px=side_px, input_px=config.input_px, crop_px=config.crop_px)
+    config = _settled(config, given.own, expert)
+    names = (encoder, expert) if expert else (encoder,)
+    first = [_load(name, device) for name in names]
+    how = _input(first, given, config)
     folds = plan_folds(given.own, config)
-    record = _record(given, first, config, encoder, external)
+    record = _record(given, first, config, names, external)
     record |= {} if teacher is None else plain(teacher.record)
     _check_folder(out, record)
     _write_json(out / RUN, record)
     results: list[FoldResult] = []
-    numbers: dict[str, int] = {}
     for at, fold in enumerate(folds):
-        backbone = first if at == 0 else _load(encoder, device)
+        fresh = first if at == 0 else [_load(name, device) for name in names]
         teach = None if teacher is None else partial(teacher.teach, at)
         folder = _fold_folder(out, at)
-        results.append(_one_fold(backbone, given, fold, config, how, folder=folder, progress=progress, teach=teach))
-        numbers = _numbers(backbone, results[-1])
+        results.append(_one_fold(fresh, given, fold, config, how, folder=folder, progress=progress, teach=teach))
     scale = fit_scale(given.own.label, _gather(given.own, results, "logits"))
     write_ensemble(
         out / MODEL,
@@ -144,11 +149,41 @@ def finetune(
         how=how,
         scale=scale,
         tta=config.tta,
-        precision=first.precision,
+        precision=first[0].precision,
+        expert=expert,
     )
-    report = _report(given, results, config, scale, record={**record, **numbers}, out=out, resamples=resamples)
+    record |= results[-1].numbers
+    report = _report(given, results, config, scale, record=record, out=out, resamples=resamples)
     _write_files(out, given, results, scale, config, report)
     return report
+
+
+def _settled(config: FinetuneConfig, own: CellTable, expert: str) -> FinetuneConfig:
+    """Return the recipe with what the expert trains, or raise where it asks for what is not there."""
+    if config.expert is not None and not expert:
+        raise ConfigError("the recipe says how a second encoder trains, and none is named; name it with --expert")
+    if config.soft_labels and bool((own.soft == own.label).all()):
+        raise LabelError(
+            f"soft labels are shares of votes, and no vote of {len(own)} cells differs from its label; give a table "
+            "with the experts' votes, or leave --soft-labels out"
+        )
+    return replace(config, expert=AdaptConfig(mode="full")) if expert and config.expert is None else config
+
+
+def _input(encoders: Sequence[Encoder], given: Data, config: FinetuneConfig) -> Input:
+    """Return how the tiles become the input of one encoder, or of two."""
+    first, *others = (encoder.spec for encoder in encoders)
+    expert, side_px = others[0] if others else None, given.tiles.shape[1]
+    return input_of(first, tile_px=side_px, input_px=config.input_px, crop_px=config.crop_px, expert=expert)
+
+
+def _model(encoders: Sequence[Encoder], config: FinetuneConfig) -> Model:
+    """Return a classifier, or of two encoders a mixture, ready to train."""
+    adapts = [config.adapt] if config.expert is None else [config.adapt, config.expert]
+    experts = [
+        Classifier(encoder.backbone, adapt, seed=config.seed) for encoder, adapt in zip(encoders, adapts, strict=True)
+    ]
+    return experts[0] if len(experts) == 1 else Mixture(experts)
 
 
 def _tables(data: Path | str | CellTable) -> tuple[Path, ...]:
@@ -206,7 +241,7 @@ def _fold_folder(out: Path, at: int) -> Path:
 
 
 def _one_fold(
-    encoder: Encoder,
+    encoders: Sequence[Encoder],
     given: Data,
     fold: Fold,
     config: FinetuneConfig,
@@ -214,11 +249,11 @@ def _one_fold(
     *,
     folder: Path,
     progress: Callable[[Status], None] | None,
-    teach: Callable[[Job, Classifier], tuple[Job, Lesson]] | None = None,
+    teach: Callable[[Job, Model], tuple[Job, Lesson]] | None = None,
 ) -> FoldResult:
     """Train one fold and predict its test part and the external cells."""
-    where, precision = encoder.device, encoder.precision
-    model = Classifier(encoder.backbone, config.adapt, seed=config.seed)
+    where, precision = encoders[0].device, encoders[0].precision
+    model = _model(encoders, config)
     if config.checkpointing:
         model.set_checkpointing(True)
     job = Job(cells=given.own, tiles=given.tiles, fold=fold, config=config, how=how, device=where, precision=precision)
@@ -231,18 +266,21 @@ def _one_fold(
     logits = tile_logits(model, test, how, tta=config.tta, device=where, precision=precision)
     single = tile_logits(model, test, how, device=where, precision=precision)
     outside = tile_logits(model, given.external_tiles, how, tta=config.tta, device=where, precision=precision)
-    return FoldResult(fold=fold, trained=trained, logits=logits, plain=single, external=outside, file=file)
+    return FoldResult(
+        fold=fold,
+        trained=trained,
+        logits=logits,
+        plain=single,
+        external=outside,
+        file=file,
+        numbers={**_numbers(model), "trained_bytes": file.stat().st_size},
+    )
 
 
-def _numbers(encoder: Encoder, result: FoldResult) -> dict[str, int]:
-    """Return how many numbers the encoder has, and how many of them and of the head were trained."""
-    network = encoder.backbone.network
-    head = encoder.spec.dim + 1
-    return {
-        "trained": adapters.count(network) + head,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()) + head,
-        "trained_bytes": result.file.stat().st_size,
-    }
+def _numbers(model: Model) -> dict[str, int]:
+    """Return how many numbers the model has, head and gate with them, and how many of them train."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {"trained": sum(n for n, trains in sizes if trains), "parameters": sum(n for n, _ in sizes)}
 
 
 def _gather(own: CellTable, results: list[FoldResult], which: str) -> npt.NDArray[np.float64]:
@@ -254,11 +292,21 @@ def _gather(own: CellTable, results: list[FoldResult], which: str) -> npt.NDArra
 
 
 def _record(
-    given: Data, encoder: Encoder, config: FinetuneConfig, name: str, external: tuple[str, str] | None
+    given: Data,
+    encoders: Sequence[Encoder],
+    config: FinetuneConfig,
+    names: Sequence[str],
+    external: tuple[str, str] | None,
 ) -> dict[str, Any]:
+    encoder, name = encoders[0], names[0]
+    second: dict[str, Any] = {}
+    if len(encoders) > 1:
+        spec = encoders[1].spec
+        second = {"expert": names[1], "expert_weights_hash": spec.weights_hash, "expert_licence": spec.licence}
     return {
         "recipe": plain(config.to_dict()),
         "encoder": name,
+        **second,
         "weights_hash": encoder.spec.weights_hash,
         "licence": encoder.spec.licence,
         "precision": encoder.precision,
