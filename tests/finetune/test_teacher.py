@@ -197,6 +197,15 @@ def test_a_run_that_cannot_teach_is_refused(taught: tuple[Path, Report], tmp_pat
     (copy / MODEL / "fold-02.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"fold-02\.safetensors does not exist"):
         read_teacher(copy, DistilConfig())
+    kept = (copy / MODEL / "fold-01.safetensors").read_bytes()
+    (copy / MODEL / "fold-02.safetensors").write_bytes(kept)
+    table = pd.read_csv(copy / "out-of-fold.csv")
+    table[table["fold"] != "fold 3"].to_csv(copy / "out-of-fold.csv", index=False)
+    with pytest.raises(CheckpointError, match="3 folds, holds the models of 3 and the predictions of 2"):
+        read_teacher(copy, DistilConfig())
+    table.drop(columns="fold").to_csv(copy / "out-of-fold.csv", index=False)
+    with pytest.raises(CheckpointError, match=r"is damaged .*fold"):
+        read_teacher(copy, DistilConfig())
     (copy / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is damaged"):
         read_teacher(copy, DistilConfig())
@@ -232,6 +241,9 @@ def test_unlabelled_cells_of_held_out_slides_are_not_shown(taught: tuple[Path, R
     (tmp_path / "more.csv").write_text("\n".join(lines) + "\n")
     job, _ = guide_with(folder, tmp_path / "more.csv").teach(0, given, student(folder))
     assert job.cells.slide_id[job.unlabelled].tolist() == ["unseen"]
+    whole = guide_with(folder, folder / "data" / "labels.csv")  # with labels, which nobody asks for
+    assert whole.record["distillation"]["unlabelled"] == 72
+    assert len(whole.teach(0, given, student(folder))[0].unlabelled) == 72 - len(held)
 
 
 def guide_with(folder: Path, source: Path) -> Any:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import logit
 
-from eosin.cohort.reading import read_cells
+from eosin.cohort.reading import read_cells, squeeze
 from eosin.errors import CohortError
 from eosin.evaluation.bootstrap import bootstrap, paired_difference
 from eosin.evaluation.metrics import make_metrics
@@ -29,7 +29,7 @@ from eosin.finetune.page import number, page, with_interval
 from eosin.finetune.recipe import FinetuneConfig
 from eosin.finetune.results import cross_fitted
 from eosin.finetune.run import PAGE, REPORT, RESAMPLES, SHEET, finetune, split_external, write
-from eosin.finetune.tables import PICTURES, read_table
+from eosin.finetune.tables import COLUMN_NAMES, PICTURES, read_table
 from eosin.finetune.teacher import OUT_OF_FOLD, apart, read_predictions, read_teacher
 from eosin.finetune.train import Status
 
@@ -113,7 +113,9 @@ def _unlabelled(source: Path, external: CellTable) -> tuple[CellTable, npt.NDArr
         frame, root = read_cells(source), source.parent
     if frame.empty:
         raise CohortError(f"{source} has no pictures; give a folder of them, or a table with a file column")
-    cells = read_table(frame.assign(atypical="0"), root=root, dataset=source.stem)
+    # Labels that are there are read and go unused: nothing is trained on them.
+    labelled = any(squeeze(str(name)) in COLUMN_NAMES["label"] for name in frame.columns)
+    cells = read_table(source if labelled else frame.assign(atypical="0"), root=root, dataset=source.stem)
     tiles = read_tiles(cells)
     fine = apart(cells, tiles, external, read_tiles(external))
     if not fine.any():
@@ -221,7 +223,16 @@ def _tables(told: Mapping[str, Any], part: Mapping[str, Any], words: str) -> lis
         rows.append(
             {"cells": [MODEL_NAMES[row["model"]], facts["encoder"], f"{facts['parameters']:,}", *values, *alike]}
         )
-    columns = ["", "encoder", "numbers", "AUROC", "balanced accuracy", "Brier score", "calls as teacher", "ranks, r"]
+    columns = [
+        "",
+        "encoder",
+        "numbers",
+        "AUROC",
+        "balanced accuracy",
+        "Brier score",
+        "calls as teacher",
+        "rank correlation",
+    ]
     columns_of_pairs = ["difference", "", "(95 % interval)", "p"]
     caption = f"{words}: {part['n']} cells of {part['slides']} slides, with 95 % intervals over slides."
     pairs = [

@@ -62,7 +62,7 @@ class FoldResult:
     plain: npt.NDArray[np.float64]
     external: npt.NDArray[np.float64]
     file: Path
-    numbers: Mapping[str, int]
+    numbers: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -109,14 +109,12 @@ def finetune(
         encoder: as `load_encoder` takes it.
         config: the recipe.
         out: folder of the run.
-        external: (field of a cell, value) of the cells that are never trained on and predicted once, such as
-            ("dataset", "atnorm-br").
+        external: (field, value), as ("dataset", "atnorm-br"), of cells that are never trained on and predicted once.
         device: "auto", "cpu", "cuda" ...
         resamples: of the bootstrap.
         progress: told after every epoch.
         teacher: what teaches beside the labels; None is nothing.
-        expert: a second encoder, such as a CNN, that a learned gate mixes with the first; see `experts`. All of it
-            trains where the recipe does not say what.
+        expert: a second encoder, mixed in by a gate (see `experts`); all of it trains if the recipe does not say.
 
     Raises:
         CohortError: no cells, no pictures, or no such external cells.
@@ -124,36 +122,26 @@ def finetune(
         ConfigError: the folder holds another run, or the encoder cannot be trained.
         EosinError: as `train_fold`.
     """
-    table = data if isinstance(data, CellTable) else read_table(data)
-    given = _read(table, external, _tables(data))
+    given = _read(data, external)
     config = _settled(config, given.own, expert)
-    names = (encoder, expert) if expert else (encoder,)
+    names = [encoder, expert] if expert else [encoder]
     first = [_load(name, device) for name in names]
     how = _input(first, given, config)
     folds = plan_folds(given.own, config)
-    record = _record(given, first, config, names, external)
-    record |= {} if teacher is None else plain(teacher.record)
-    _check_folder(out, record)
-    _write_json(out / RUN, record)
+    record = _record(given, first, config, names, external) | ({} if teacher is None else plain(teacher.record))
+    _begin(out, record)
     results: list[FoldResult] = []
     for at, fold in enumerate(folds):
         fresh = first if at == 0 else [_load(name, device) for name in names]
         teach = None if teacher is None else partial(teacher.teach, at)
-        folder = _fold_folder(out, at)
-        results.append(_one_fold(fresh, given, fold, config, how, folder=folder, progress=progress, teach=teach))
+        where = _fold_folder(out, at)
+        results.append(_one_fold(fresh, given, fold, config, how, folder=where, progress=progress, teach=teach))
     scale = fit_scale(given.own.label, _gather(given.own, results, "logits"))
+    files, precision = [result.file for result in results], first[0].precision
     write_ensemble(
-        out / MODEL,
-        [result.file for result in results],
-        encoder=encoder,
-        how=how,
-        scale=scale,
-        tta=config.tta,
-        precision=first[0].precision,
-        expert=expert,
+        out / MODEL, files, encoder=encoder, how=how, scale=scale, tta=config.tta, precision=precision, expert=expert
     )
-    record |= results[-1].numbers
-    report = _report(given, results, config, scale, record=record, out=out, resamples=resamples)
+    report = _report(given, results, config, scale, record=record | results[-1].numbers, resamples=resamples)
     _write_files(out, given, results, scale, config, report)
     return report
 
@@ -194,10 +182,11 @@ def _tables(data: Path | str | CellTable) -> tuple[Path, ...]:
     return (path,) if path.is_file() else tuple(sorted(path.glob("*.csv")))
 
 
-def _read(table: CellTable, external: tuple[str, str] | None, files: tuple[Path, ...]) -> Data:
+def _read(data: Path | str | CellTable, external: tuple[str, str] | None) -> Data:
     """Return the cells of both parts, with their tiles."""
-    own, other = split_external(table, external)
-    return Data(own=own, tiles=read_tiles(own), external=other, external_tiles=read_tiles(other), files=files)
+    own, other = split_external(data if isinstance(data, CellTable) else read_table(data), external)
+    tiles, external_tiles = read_tiles(own), read_tiles(other)
+    return Data(own=own, tiles=tiles, external=other, external_tiles=external_tiles, files=_tables(data))
 
 
 def split_external(table: CellTable, external: tuple[str, str] | None) -> tuple[CellTable, CellTable]:
@@ -316,16 +305,15 @@ def _record(
     }
 
 
-def _check_folder(out: Path, record: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds another run."""
+def _begin(out: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run, or refuse a folder that holds another."""
     path = out / RUN
-    if not path.is_file():
-        return
-    changed = changed_fields(json.loads(path.read_text(encoding="utf-8")), dict(record))
+    changed = changed_fields(json.loads(path.read_text(encoding="utf-8")), dict(record)) if path.is_file() else []
     if changed:
         raise ConfigError(
             f"{out} holds another run: {'; '.join(changed[:6])}; take the old values to go on with it, or another --out"
         )
+    _write_json(path, record)
 
 
 def _report(
@@ -335,7 +323,6 @@ def _report(
     scale: Scale,
     *,
     record: Mapping[str, Any],
-    out: Path,
     resamples: int,
 ) -> Report:
     own, seed = given.own, config.seed

@@ -187,12 +187,13 @@ def read_teacher(folder: Path, config: DistilConfig) -> Teacher:
             hashes=tuple(read_saved(model / name).trained_hash for name in files),
             config=config,
         )
+        predicted = set(said[["file", "dataset", "slide_id", "fold"]]["fold"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the run in {folder} is damaged ({error!r}); run eosin finetune again") from error
-    if len(teacher.hashes) != len(teacher.folds) or set(said["fold"]) != set(teacher.folds):
+    if len(teacher.hashes) != len(teacher.folds) or predicted != set(teacher.folds):
         raise CheckpointError(
             f"{folder} tells of {len(teacher.folds)} folds, holds the models of {len(teacher.hashes)} and the "
-            f"predictions of {said['fold'].nunique()}; run eosin finetune again"
+            f"predictions of {len(predicted)}; run eosin finetune again"
         )
     return teacher
 
