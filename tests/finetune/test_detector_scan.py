@@ -176,6 +176,14 @@ def test_a_slide_is_counted_on_its_tissue(make_slide: Callable[..., Path], tmp_p
     assert told["per_mm2"]["point"] == pytest.approx(told["figures"] / told["tissue_mm2"])
 
 
+def test_enlarged_windows_are_told_of(tmp_path: Path) -> None:
+    slide = open_slide(paint((320, 320), np.array([(100, 100)]), radius=5), mpp=0.5)
+    mask = TissueMask(np.ones((10, 10), dtype=bool), (32.0, 32.0), (0.0, 0.0), "given", {})
+    told = detect_slide(slide, Dark(), mask, out=tmp_path, name="a", threshold=0.1)
+    assert told["figures"] == 1
+    assert told["notes"] == ["windows are 2.00x finer than the slide's own 0.5 microns per pixel: enlarged"]
+
+
 def test_what_cannot_be_scanned(tmp_path: Path) -> None:
     pixels = paint((300, 220), np.array([(100, 96)]))
     with pytest.raises(MissingMppError, match="microns per pixel"):

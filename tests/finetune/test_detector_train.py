@@ -76,6 +76,16 @@ def test_shares_of_windows_and_offsets_that_mean_nothing() -> None:
     assert 0 < np.mean(held) < 0.5
 
 
+def test_windows_that_would_give_figures_away_are_refused() -> None:
+    """A crop around its figure: in windows of 96 px it lies between 32 and 64, whatever their offset."""
+    crop = replace(picture(0, size=(128, 128), figures=1, lookalikes=0), xy=np.array([(64.0, 64.0)]))
+    drawn_from([crop], window=64)
+    with pytest.raises(GeometryError, match="lie only from 32 to 64 px: their place would give them away"):
+        drawn_from([crop], window=96)
+    with pytest.raises(GeometryError, match=r"0\.tiff: 128 x 128 px are smaller than a window of 224 px"):
+        drawn_from([crop], window=224)
+
+
 def test_the_eight_turns_are_all_different_and_move_points_with_pixels() -> None:
     tile = np.random.default_rng(0).integers(0, 255, (5, 5, 3), dtype=np.uint8)
     seen = set()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from eosin.errors import CohortError, LabelError
+from eosin.errors import CohortError, GeometryError, LabelError
 from eosin.finetune.aliases import slide_identity
 from eosin.finetune.cells import TILE_MPP, TILE_PX, read_tile
 from eosin.finetune.joins import BoxTable
@@ -22,6 +22,8 @@ from eosin.finetune.tables import TABLE_NAMES, read_table
 from eosin.geometry import ReadPlan, round_half_up
 from eosin.slides import Slide, open_slide
 
+# Share of a window, at either end, that figures need not reach.
+EDGE = 0.1
 MIDOG = "midog++"
 PICTURES = (".tiff", ".tif", ".png", ".jpg", ".jpeg", ".svs", ".ndpi")
 
@@ -157,6 +159,11 @@ class Windows:
         mpp: microns per pixel of a window.
         figure_share: share of windows that hold a figure, at a random place.
         lookalike_share: the same of hard negatives; drawn anywhere where there is none.
+
+    Raises:
+        GeometryError: a picture is smaller than a window, or so small around its figures that their place in a window
+            would give them away.
+        UpsampleError: a picture is more than twice as coarse as `mpp`.
     """
 
     def __init__(
@@ -176,6 +183,32 @@ class Windows:
         self.figures = [(at, box) for at, box, mitotic in places if mitotic]
         self.lookalikes = [(at, box) for at, box, mitotic in places if not mitotic]
         self.shares = (figure_share, figure_share + lookalike_share)
+        self._check(window_px)
+
+    def _check(self, window_px: int) -> None:
+        """Refuse windows in which figures cannot lie nearly anywhere."""
+        for picture, plan in zip(self.pictures, self.plans, strict=True):
+            width, height = picture.slide.size_px
+            if (np.array(plan.size0_px) > np.array(picture.slide.bounds[2:]) + 1).any():
+                raise GeometryError(
+                    f"{picture.name}: {width} x {height} px are smaller than a window of {window_px} px at "
+                    f"{plan.mpp:g} microns per pixel; use smaller windows"
+                )
+        if not self.figures:
+            return
+        reach = np.array([self._reach(at, box) for at, box in self.figures])
+        low, high = reach[:, 0].min(axis=0).max(), reach[:, 1].max(axis=0).min()
+        if low > EDGE or high < 1 - EDGE:
+            raise GeometryError(
+                f"in windows of {window_px} px the figures of these pictures lie only from {low * window_px:.0f} to "
+                f"{high * window_px:.0f} px: their place would give them away; use windows of at most half a picture"
+            )
+
+    def _reach(self, at: int, box: int) -> tuple[Points, Points]:
+        """Return the least and the greatest place (2,) of a figure in windows on its picture, as shares of a side."""
+        picture, size0 = self.pictures[at], np.array(self.plans[at].size0_px)
+        place = picture.xy[box] - np.array(picture.slide.bounds[:2])
+        return np.maximum(0, place - _room(picture.slide, self.plans[at])) / size0, np.minimum(size0, place) / size0
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Tiles, list[Points], list[str]]:
         """Return windows uint8 (count, S, S, 3), the figures of each (m, 2) in its pixels, and their pictures' names.

@@ -186,6 +186,7 @@ def train_fold(
 
     Raises:
         NonFiniteError: NaN or infinity in the gradient; names the pictures of the batch.
+        GeometryError: windows that do not suit the pictures, see `detector_data.Windows`.
     """
     drawn = Windows(
         pictures,
@@ -350,6 +351,7 @@ def train_detector(
     Raises:
         CohortError: no picture, or too few slides.
         LabelError: no mitotic figure on the pictures.
+        GeometryError: windows that the encoder does not take, or that do not suit the pictures.
         NonFiniteError: training ran away.
     """
     pictures, notes = read_pictures(read_boxes(data), images, slide_mpp=slide_mpp)
@@ -394,6 +396,8 @@ def _report(
     counts = judged.counts
     slides = len({picture.group for picture in pictures})
     told = list(notes)
+    if not counts.tp:
+        told.append("no detection hit a figure: threshold and F1 say nothing; train longer")
     if slides < FEW_SLIDES:
         told.append(f"{slides} slides: the interval over them is rough")
     return {
