@@ -1,6 +1,6 @@
 """Which part of the `amf` recipe helps? One part changed at a time, three seeds, intervals over slides.
 
-    python benchmarks/finetune_ablation.py IMAGES --out RUNS [--only NAME[,NAME] ...]
+    python benchmarks/finetune_ablation.py IMAGES --out RUNS [--only "NAME;NAME"]
     python benchmarks/finetune_ablation.py --table      (writes the tables of docs/finetune.md again, from the results)
     python benchmarks/finetune_ablation.py --check      (exit 1 where they differ)
 
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     """Train what is missing, and keep the numbers of every run."""
     base, external = get_recipe("amf", **BASE), ("dataset", "atnorm-br")
     for group, name, config in variants(base):
-        if options.only and name not in options.only.split(","):
+        if options.only and name not in options.only.split(";"):
             continue
         for seed in SEEDS:
             key = f"{group}/{name}/{seed}"
@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, nargs="?")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="", help="names of the column 'changed to'; all without it")
+    parser.add_argument("--only", default="", help="names of the column 'changed to', with semicolons; all without it")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
