@@ -137,6 +137,10 @@ def test_a_slide_smaller_than_a_window_has_no_figure_off_it() -> None:
     slide = open_slide(paint((100, 90), np.array([(80, 70)])), mpp=0.25)
     found = find(slide, Dark(224), threshold=0.1)
     assert found.xy.tolist() == [pytest.approx([80, 70], abs=2)]
+    heat = np.full((56, 56), -9.0)
+    heat[10, 10] = heat[10, 40] = 3.0  # on the slide, and on the white beside it
+    found = find(slide, Says(heat), threshold=0.5)
+    assert found.xy.tolist() == [[42.0, 42.0]]
 
 
 def test_suppression_leaves_none_within_the_radius_and_covers_all() -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eosin.cli.options import Inputs, Json, Masks, Out, SlideMpp, print_json, print_table
+from eosin.cli.options import Inputs, Json, Masks, SlideMpp, print_json, print_table
 
 if TYPE_CHECKING:
     from eosin.features.jobs import Job
     from eosin.finetune.detector_train import Step, TrainedDetector
 
 app = typer.Typer(help="Find mitotic figures: train a detector on boxes, run it on slides.", no_args_is_help=True)
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; what is there is replaced.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 
 
