@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import typer
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
@@ -64,6 +65,12 @@ def written(folder: Path, **how: int) -> tuple[Path, Path, pd.DataFrame, np.ndar
     table.to_csv(folder / "cohort.csv", index=False)
     np.save(folder / "x.npy", x)
     return folder / "x.npy", folder / "cohort.csv", table, x
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not rendered, where a test looks at numbers that another one draws."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: file.write(b"<svg/>"))
 
 
 def task(table: pd.DataFrame, *, folds: int = 4, seeds: int = 2, head: str = "linear") -> measure.Task:
@@ -237,7 +244,8 @@ def test_a_refit_keeps_the_settings() -> None:
         np.testing.assert_allclose(again.predict_proba(x), fitted.predict_proba(x), atol=1e-9)
 
 
-def test_one_command_makes_everything(tmp_path: Path) -> None:
+def test_one_command_makes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SWEEP_ITERATIONS", 2)  # of splits; the sweep itself is tested in test_robustness
     features, table, frame, x = written(tmp_path)
     settings = replace(SMALL, site="center", external=("part", "outside"), controls=True)
     out = tmp_path / "out"
@@ -267,6 +275,7 @@ def test_one_command_makes_everything(tmp_path: Path) -> None:
     assert evaluate_predictions(out / "predictions_x.csv", settings).value("data.rows_scored") > 0
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_external_rows_are_never_trained_on(tmp_path: Path) -> None:
     features, table, frame, x = written(tmp_path)
     settings = replace(SMALL, external=("part", "outside"))
@@ -282,6 +291,7 @@ def test_external_rows_are_never_trained_on(tmp_path: Path) -> None:
     assert first["external"] != second["external"]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_pinned_splits_give_the_same_numbers(tmp_path: Path) -> None:
     features, table, frame, _ = written(tmp_path)
     first = probe(features, table, SMALL, out=tmp_path / "a")
@@ -294,6 +304,7 @@ def test_pinned_splits_give_the_same_numbers(tmp_path: Path) -> None:
         measure.layouts_of(half, len(frame))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_encoders_are_compared_on_the_same_patients(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     folder = tmp_path / "pictures"
@@ -355,6 +366,7 @@ def test_the_same_image_in_two_folds_stops_everything(tmp_path: Path) -> None:
         probe(features, table, SMALL, out=tmp_path / "out")
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_copies_inside_the_external_set_are_told(tmp_path: Path) -> None:
     features, table, frame, x = written(tmp_path)
     of = np.arange(len(frame)) % 60
@@ -399,8 +411,9 @@ def test_positive_class() -> None:
         positive_class(("a", "b"), "d", "y")
 
 
-def test_the_command_prints_a_table(tmp_path: Path) -> None:
-    features, table, *_ = written(tmp_path)
+def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SWEEP_ITERATIONS", 2)  # of splits; the sweep itself is tested in test_robustness
+    features, table, *_ = written(tmp_path, n=400, patients=40)
     app = typer.Typer()
     app.command()(probe_command)
     arguments = [str(features), str(table), "--label", "grade", "--out", str(tmp_path / "out"), "--folds", "3"]
