@@ -115,7 +115,7 @@ def growth(results: list[dict[str, Any]]) -> str:
     slopes, levels = np.polyfit(np.log(sizes), np.log(np.array(rows)), 1)
     far = np.exp(levels + slopes * np.log(FAR))
     lines = [
-        f"Qdrant Edge by size at ef {OURS}. Ten million is projected: a power of the size, fitted to the lines above it:",
+        f"Qdrant Edge by size at ef {OURS}. Ten million is projected by a power of the size, fitted to those above:",
         "",
         "| vectors | build, min | peak memory, MiB | disk, MiB | p95, ms | worst p95, ms | worst recall@10 |",
         "|---:|---:|---:|---:|---:|---:|---:|",

@@ -28,9 +28,20 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_the_pages_show_what_the_results_say() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr + "run: python benchmarks/tables.py"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tables",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("amf", "detector", "finetune_ablation", "review", "search_quality", "sish", "vector_tables")
+        ),
+    ],
+)
+def test_the_pages_show_what_the_results_say(name: str) -> None:
+    script = SCRIPT.with_name(f"{name}.py")
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}see python benchmarks/{name}.py --help"
 
 
 def test_every_result_that_has_a_table_is_shown(tables: ModuleType) -> None:
