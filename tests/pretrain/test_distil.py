@@ -318,6 +318,7 @@ def test_standardised_tokens_say_more_through_random_heads(tiles: Path, teacher:
 # A run.
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_bit_by_bit_the_same(tiles: Path, teacher: Path, tmp_path: Path) -> None:
     config = distil(tiles, teacher, objective__features=FEATURES, objective__centring="ema", budget__steps=5)
     whole = run(config, tmp_path / "whole")

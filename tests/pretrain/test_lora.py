@@ -268,7 +268,7 @@ def test_an_adapter_of_other_weights_is_refused(tiles: Path, released: Path, tmp
         apply_adapter(other, tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_bit_by_bit_the_same(
     tiles: Path, released: Path, tmp_path: Path, precision: str
 ) -> None:

@@ -103,7 +103,7 @@ def test_the_exported_teacher_is_an_encoder(tiles: Path, tmp_path: Path) -> None
 # Resume.
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_bit_by_bit_the_same(tiles: Path, tmp_path: Path, precision: str) -> None:
     config = small(tiles, run__precision=precision, objective__centring="ema", budget__steps=6)
     whole = run(config, tmp_path / "whole")
@@ -141,10 +141,10 @@ def test_a_finished_run_is_not_trained_again(tiles: Path, tmp_path: Path) -> Non
 
 
 def test_another_config_is_refused_and_the_field_named(tiles: Path, tmp_path: Path) -> None:
-    run(small(tiles), tmp_path / "out")
+    run(small(tiles, budget__steps=1), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.001, now 0\.002"):
-        run(small(tiles, optimizer__lr=2e-3), tmp_path / "out")
-    assert run(small(tiles, watch__log_every=3), tmp_path / "out").finished
+        run(small(tiles, budget__steps=1, optimizer__lr=2e-3), tmp_path / "out")
+    assert run(small(tiles, budget__steps=1, watch__log_every=3), tmp_path / "out").finished
 
 
 # One step.
