@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from eosin.encoders.lora import LowRank, Pair, add_products, draw_down
+from eosin.encoders.lora import LowRank, Pair, add_products, draw_down, draw_kept
 from eosin.finetune.fused import FusedLora
 from eosin.pretrain.lora import Adapted, Lora
 
@@ -64,3 +64,30 @@ def test_both_layers_are_one_function_under_their_own_names() -> None:
     assert torch.equal(fused(x), stacked(x))
     assert list(fused.state_dict()) == ["base.weight", "base.bias", "down.q", "down.v", "up.q", "up.v"]
     assert sorted(stacked.state_dict()) == ["base.bias", "base.weight", "down", "up"]
+
+
+def test_dropout_loses_the_share_it_should_and_each_number_by_itself() -> None:
+    """The share that is lost, and independence of neighbours in memory (four share a draw)."""
+    torch.manual_seed(0)
+    kept, share = draw_kept(torch.ones(999, 1001), 0.3)
+    assert share == pytest.approx(0.7, abs=1e-5)
+    lost = (~kept).double().flatten()
+    assert float(lost.mean()) == pytest.approx(0.3, abs=0.002)
+    for lag in (1, 2, 3, 4):
+        assert float((lost[lag:] * lost[:-lag]).mean()) == pytest.approx(0.09, abs=0.002)
+    torch.manual_seed(0)
+    assert torch.equal(kept, draw_kept(torch.ones(999, 1001), 0.3)[0])
+
+
+def test_dropout_works_while_training_only() -> None:
+    torch.manual_seed(0)
+    layer = FusedLora(nn.Linear(64, 48), parts=("q", "v"), rank=4, alpha=8.0, dropout=0.5)
+    for up in layer.up.values():
+        nn.init.normal_(up)
+    x = torch.randn(3, 64)
+    kept = layer.eval()(x)
+    assert torch.equal(kept, layer(x))
+    drawn = torch.stack([layer.train()(x) for _ in range(4000)])
+    assert not torch.equal(drawn[0], drawn[1])
+    torch.testing.assert_close(drawn.mean(0), kept, rtol=0, atol=0.5)
+    assert torch.equal(drawn[0, :, 16:32], kept[:, 16:32]), "keys have no adapters"

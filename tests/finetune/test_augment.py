@@ -229,7 +229,7 @@ def test_random_macenko_gives_the_stains_of_the_bank():
     np.testing.assert_allclose(fit.matrix, np.broadcast_to(np.array(other.matrix), (6, 2, 3)), atol=0.02)
     for density in -((out.flatten(2).double() * 255 + 1) / 240).log().numpy():
         amounts = np.linalg.lstsq(np.array(other.matrix).T, density, rcond=None)[0]
-        np.testing.assert_allclose(np.percentile(amounts, 99, axis=1), [1.2, 0.8], rtol=0.01)
+        np.testing.assert_allclose(np.percentile(amounts, 99, axis=1), [1.2, 0.8], rtol=0.05)  # of a quarter
     blank = torch.full((2, 3, 64, 64), 0.95)
     assert torch.equal(augment(blank, config, generator=seeded(), bank=[other]), blank)
 

@@ -22,33 +22,30 @@ def tokens(backbone: Any, x: Tensor) -> Tensor:
     return torch.cat((found.cls[:, None], found.registers, found.patches.flatten(1, 2)), dim=1)
 
 
-def peft_apart(fused: nn.Linear, parts: tuple[str, ...], dropout: float = 0.0) -> Any:
+def peft_apart(fused: nn.Linear, parts: tuple[str, ...]) -> Any:
     """Queries, keys and values as linears of their own, adapted by peft."""
     apart = nn.ModuleDict({name: nn.Linear(fused.in_features, fused.out_features // 3) for name in "qkv"})
     for at, linear in enumerate(apart.values()):
         linear.load_state_dict({"weight": fused.weight.chunk(3)[at], "bias": fused.bias.chunk(3)[at]})
-    settings = peft.LoraConfig(r=4, lora_alpha=10, target_modules=list(parts), lora_dropout=dropout)
+    settings = peft.LoraConfig(r=4, lora_alpha=10, target_modules=list(parts))
     return peft.inject_adapter_in_model(settings, apart)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("parts", [("q", "v"), ("k",), ("q", "k", "v")])
-def test_thirds_of_a_linear_are_pefts_linears(parts: tuple[str, ...], dropout: float) -> None:
-    """Outputs, gradients, merged weights; in training, too: the same seed drops the same."""
+def test_thirds_of_a_linear_are_pefts_linears(parts: tuple[str, ...]) -> None:
+    """Outputs, gradients, merged weights."""
     torch.manual_seed(0)
-    base = nn.Linear(16, 48)
-    theirs = peft_apart(base, parts, dropout).train()
-    ours = FusedLora(base, parts=parts, rank=4, alpha=10.0, dropout=dropout).train()
+    base = nn.Linear(16, 48).double()
+    theirs = peft_apart(base, parts).double().train()
+    ours = FusedLora(base, parts=parts, rank=4, alpha=10.0, dropout=0.0).double().train()
     for part in parts:
         nn.init.normal_(ours.up[part])
         theirs[part].lora_A["default"].weight.data.copy_(ours.down[part])
         theirs[part].lora_B["default"].weight.data.copy_(ours.up[part])
-    x = torch.randn(5, 7, 16)
-    torch.manual_seed(3)
+    x = torch.randn(5, 7, 16, dtype=torch.float64)
     expected = torch.cat([linear(x) for linear in theirs.values()], dim=-1)
-    torch.manual_seed(3)
     got = ours(x)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     expected.square().sum().backward()
     got.square().sum().backward()
     for part in parts:
@@ -56,7 +53,7 @@ def test_thirds_of_a_linear_are_pefts_linears(parts: tuple[str, ...], dropout: f
         torch.testing.assert_close(ours.up[part].grad, theirs[part].lora_B["default"].weight.grad)
         theirs[part].merge()
     whole = torch.cat([linear.weight for linear in theirs.values()])
-    torch.testing.assert_close(ours.merged().weight, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.merged().weight, whole, rtol=0, atol=1e-12)
 
 
 def test_a_is_drawn_as_peft_draws_it_and_b_is_zero() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from eosin.errors import CohortError, ConfigError, GeometryError, NonFiniteError, StainError, closest
 from eosin.finetune import photometry
 from eosin.finetune.warp import affine, flip, warp
-from eosin.stain import Macenko, StainTarget, jitter_he, jitter_hed, random_macenko
+from eosin.stain import Macenko, StainFit, StainTarget, jitter_he, jitter_hed, random_macenko
 
 Family = Literal["stain", "optics", "colour", "jpeg", "geometry", "dropout"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -220,21 +220,32 @@ def augment(
 def stain(
     images: Tensor, config: AugmentConfig, generator: torch.Generator, *, bank: Sequence[StainTarget] = ()
 ) -> Tensor:
-    """Return images of which each has at most one stain change; those that cannot be unmixed stay as they are."""
+    """Return images of which each has at most one stain change; those that cannot be unmixed stay as they are.
+
+    The stains of an image are estimated from every second pixel of every second row, which is enough and much faster.
+    """
     (which,) = _uniform(len(images), 1, generator=generator)
     edges = np.cumsum([config.macenko_chance, config.he_chance, config.hed_chance]).tolist()
     scale, shift = config.hed_scale, config.hed_shift
-    images = _on(images, which < edges[0], lambda i: random_macenko(i, bank, generator)[0])
+    images = _on(images, which < edges[0], lambda i: random_macenko(i, bank, generator, fit=_stains(i, bank))[0])
     images = _on(
         images,
         (which >= edges[0]) & (which < edges[1]),
-        lambda i: jitter_he(i, generator=generator, scale=config.he_scale, shift=config.he_shift)[0],
+        lambda i: jitter_he(i, generator=generator, scale=config.he_scale, shift=config.he_shift, fit=_stains(i, bank))[
+            0
+        ],
     )
     return _on(
         images,
         (which >= edges[1]) & (which < edges[2]),
         lambda i: jitter_hed(i, generator=generator, scale=scale, shift=shift)[0],
     )
+
+
+def _stains(images: Tensor, bank: Sequence[StainTarget]) -> StainFit:
+    """Return the Macenko fit of each image, from a quarter of its pixels."""
+    fitter = Macenko(light=bank[0].light) if bank else Macenko()
+    return fitter.fit_each(images[..., ::2, ::2])
 
 
 def optics(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
@@ -331,7 +342,7 @@ def _checked(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or not len(images):
         raise GeometryError(f"augmentation needs images (B, 3, S, S), found {tuple(images.shape)}")
     if images.dtype == torch.uint8:
-        return images.float().div_(255)
+        return images.contiguous().float().div_(255)
     if not images.is_floating_point():
         raise GeometryError(
             f"augmentation needs uint8 or float images, found {images.dtype}; convert them to 8 bits first"
@@ -346,4 +357,4 @@ def _checked(images: Tensor) -> Tensor:
         raise GeometryError(
             f"float images lie in {low:g} to {high:g}; augment them in 0-1, before the encoder's mean and std come off"
         )
-    return images.float()
+    return images.contiguous().float()

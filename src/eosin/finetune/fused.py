@@ -24,8 +24,8 @@ class FusedLora(LowRank):
     """A frozen linear of queries, keys and values, to some thirds of whose rows (alpha / r) B A dropout(x) is added.
 
     B starts at zero, so that at the start this is the linear itself; A is uniform, as peft draws it. A and B are
-    float32, whatever the linear is, so that they can be trained beside a base in bfloat16. Dropout is drawn for each
-    third apart, in the order q, k, v, as three linears would.
+    float32, whatever the linear is, so that they can be trained beside a base in bfloat16. One draw of dropout serves
+    all thirds.
 
     Args:
         base: the linear, (3 W, D); it takes no gradient from now on.

@@ -41,6 +41,8 @@ from eosin.stain import StainTarget
 STATE = "state.safetensors"
 # Counts of the moving average's first steps: it follows closely until it has seen some.
 EMA_START = 10
+# Patches up to which plain attention is faster on a CPU in bfloat16 (benchmarks/attention.py).
+SHORT = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +177,7 @@ def train_fold(
     path = None if folder is None else folder / STATE
     if path is not None and path.is_file():
         run.restore(path)
-    with _private_random(job.device):
+    with _private_random(job.device), quicker(model, job):
         while not run.finished:
             begun = time.perf_counter()
             row = run.epoch()
@@ -299,9 +301,12 @@ class _FoldRun:
 
     def _loss(self, chosen: npt.NDArray[np.int64], generator: torch.Generator, names: list[str]) -> Tensor:
         job, config = self.job, self.job.config
-        images = to_images(job.tiles[self.rows[chosen]], job.device)
-        if config.augment is not None:
-            images = augment(images, config.augment, generator=generator, bank=self.bank)
+        tiles = job.tiles[self.rows[chosen]]
+        if config.augment is None:
+            images = to_images(tiles, job.device)
+        else:
+            pixels = torch.from_numpy(tiles).to(job.device).permute(0, 3, 1, 2)
+            images = augment(pixels, config.augment, generator=generator, bank=self.bank)
         targets = torch.from_numpy(self.targets[chosen]).to(job.device)
         weights = torch.from_numpy(self.weights[chosen]).to(job.device)
         mixed = None if config.mix is None else mix_batch(images, config.mix, generator=generator)
@@ -437,6 +442,41 @@ def _holding(model: Model, state: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         load_trained_state(model, own)
+
+
+@contextlib.contextmanager
+def quicker(model: Model, job: Job) -> Iterator[None]:
+    """Let a model train faster for a while, in bfloat16, by what leaves its numbers alone or changes rounding only.
+
+    Linears that do not train are kept in bfloat16, which autocast would round them to at every step. On a CPU timm's
+    attentions are plain products where sequences are short: torch's fused backward takes 2 to 8 times as long there.
+    """
+    linears: list[tuple[torch.nn.Linear, Tensor, Tensor | None]] = []
+    fused: list[Any] = []
+    if job.precision == "bf16":
+        linears = [
+            (module, module.weight.data, None if module.bias is None else module.bias.data)
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and not any(one.requires_grad for one in module.parameters())
+        ]
+        patches = max((job.how.side_px / (one.spec.patch_px or job.how.side_px)) ** 2 for one in model.branches)
+        if torch.device(job.device).type == "cpu" and patches <= SHORT:
+            fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    try:
+        for linear, weight, bias in linears:
+            linear.weight.data = weight.bfloat16()
+            if bias is not None:
+                linear.bias.data = bias.bfloat16()
+        for module in fused:
+            module.fused_attn = False
+        yield
+    finally:
+        for linear, weight, bias in linears:
+            linear.weight.data = weight
+            if bias is not None:
+                linear.bias.data = bias
+        for module in fused:
+            module.fused_attn = True
 
 
 @contextlib.contextmanager

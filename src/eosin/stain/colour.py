@@ -63,7 +63,7 @@ def to_grey_values(images: Tensor) -> tuple[Tensor, Tensor]:
     if images.dtype == torch.uint8:
         return values.float(), torch.ones(len(images), dtype=torch.bool, device=images.device)
     values = values if values.dtype == torch.float64 else values.float()
-    finite = values.isfinite().all(2).all(1)
+    finite = values.sum(dim=(1, 2), dtype=torch.float64).isfinite()
     return torch.where(finite[:, None, None], values, torch.zeros_like(values)) * 255, finite
 
 

@@ -70,7 +70,7 @@ class Macenko:
         """Return the stains of every image by itself, `ok` False where they cannot be estimated."""
         values, finite = to_grey_values(to_batch(images))
         od = grey_to_od(values, self.light)
-        tissue = (od >= self.beta).all(1)
+        tissue = od.amin(1) >= self.beta
         plane, spread = _principal_plane(od, tissue)
         first, second = mix(plane, od).unbind(1)
         angle = torch.atan2(second, first)
