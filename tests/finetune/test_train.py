@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from traingen import classifier, job, quick
 
+from eosin.encoders import load_encoder
 from eosin.errors import CheckpointError, NonFiniteError
 from eosin.finetune.adapters import AdaptConfig
 from eosin.finetune.augment import AugmentConfig
+from eosin.finetune.classifier import Classifier
 from eosin.finetune.mix import MixConfig
 from eosin.finetune.resume import load_state
 from eosin.finetune.saving import trained_state
-from eosin.finetune.train import STATE, Status, domain_scores, schedule, train_fold
+from eosin.finetune.train import STATE, Status, domain_scores, quicker, schedule, train_fold
 
 pytestmark = pytest.mark.slow
 
@@ -199,3 +201,34 @@ def test_domains_of_one_class_have_no_balanced_accuracy() -> None:
     label, p = np.array([0, 1, 1, 0, 0]), np.array([0.1, 0.9, 0.2, 0.7, 0.2])
     domain = np.array(["a", "a", "a", "b", "b"])
     assert domain_scores(label, p, domain) == [("a", 3, 0.75), ("b", 2, None)]
+
+
+@pytest.mark.parametrize("mode", ["lora", "last", "full"])
+def test_what_makes_training_quicker_changes_rounding_only_and_is_taken_back(tmp_path: Path, mode: str) -> None:
+    """Logits and gradients are within 2 % of those in float32, or as near as plain bfloat16's; every bit comes back."""
+    encoder: Any = load_encoder("eosin-tiny", device="cpu", precision="bf16", backend="torch")
+    model = Classifier(encoder.backbone, AdaptConfig(mode=mode, dropout=0.0), seed=0).train()  # pyright: ignore[reportArgumentType]
+    for name, parameter in model.named_parameters():
+        if ".up." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    given = replace(job(tmp_path, config=quick(crop_px=64)), precision="bf16")
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradients(*, half: bool) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = model(images).float()
+        logits.square().sum().backward()
+        grads = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+        return logits.detach(), torch.cat(grads)
+
+    exact, plain = gradients(half=False), gradients(half=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with quicker(model, given):
+        quick_ones = gradients(half=True)
+        frozen = [p for p in model.parameters() if p.ndim == 2 and not p.requires_grad]
+        assert all(p.dtype == torch.bfloat16 for p in frozen)
+        assert bool(frozen) == (mode != "full")
+    assert same(before, model.state_dict())
+    for got, usual, true in zip(quick_ones, plain, exact, strict=True):
+        assert float((got - true).norm()) < max(0.02 * float(true.norm()), 1.5 * float((usual - true).norm()))
