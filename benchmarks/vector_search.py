@@ -277,7 +277,7 @@ def main() -> None:
     finally:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    arguments = ["ENV/bin/python" if Path(one).is_absolute() else one for one in sys.argv[1:]]
+    arguments = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
     record = {
         "command": " ".join(["python", "benchmarks/vector_search.py", *arguments]),
         "machine": machine(),
