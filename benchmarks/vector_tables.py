@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "vector-search.md"
 MARKER = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.S)
 FAR = 10_000_000
-OURS = 128
+OURS = 256
 """The `ef` that eosin searches Qdrant Edge with."""
 
 

@@ -77,7 +77,7 @@ def test_how_a_search_is_asked_for(wire, url, points):
     index.search(points.vectors[:1], where=Between("x", 1), exact=True)
     index.search(points.vectors[:1], k=400)
     plain, filtered, many = wire.params
-    assert (plain.hnsw_ef, plain.exact, plain.acorn.enable) == (128, False, False)
+    assert (plain.hnsw_ef, plain.exact, plain.acorn.enable) == (256, False, False)
     assert (plain.quantization.ignore, plain.quantization.rescore) == (False, True)
     assert plain.quantization.oversampling > 1
     assert (filtered.exact, filtered.quantization.ignore, filtered.acorn.enable) == (True, True, True)

@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 # The graph, the same in both engines: docs/vector-search.md has the figures behind the numbers.
 M, EF_CONSTRUCT = 16, 128
-SEARCH_EF = 128
+SEARCH_EF = 256
 FULL_SCAN_BYTES = 2**25  # of vectors: a filter that leaves fewer is answered by comparing them all
 ACORN_BELOW = 0.4  # share of points that pass the filter, below which ACORN may be used: Qdrant's own default
 OVERSAMPLING = {"none": 1.0, "int8": 2.0, "binary": 8.0}
