@@ -19,7 +19,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import hashlib
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -43,11 +42,11 @@ from eosin.finetune.detector_data import Picture, read_pictures
 from eosin.finetune.detector_train import DetectConfig, TrainedDetector, held_out, judge, plan_folds, train_fold
 from eosin.finetune.joins import read_boxes
 from eosin.finetune.matching import f1_metric
+from marked import fill
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "finetune" / "detector.json"
 PAGE = HERE.parent / "docs" / "detector.md"
-MARKER = re.compile(r"(<!-- detector -->\n).*?(<!-- /detector -->)", re.S)
 SEEDS = (0, 1, 2)
 A_SLIDE = 4
 CONFIG = DetectConfig(window_px=64, steps=60, batch=32, lr=2e-3, folds=3)
@@ -66,7 +65,8 @@ class Remembered(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.inner: Any = load_encoder(name, device="cpu", precision="fp32", backend="torch").backbone
+        encoder: Any = load_encoder(name, device="cpu", precision="fp32", backend="torch")
+        self.inner = encoder.backbone
         self.spec, self.network = self.inner.spec, self.inner.network
         self.known: dict[bytes, Tensor] = {}
         self.keep = False
@@ -221,12 +221,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.data is not None:
         run(options.data)
-    before = PAGE.read_text(encoding="utf-8")
     body = table(json.loads(RESULT.read_text(encoding="utf-8"))) if RESULT.is_file() else "No results yet.\n"
-    after = MARKER.sub(lambda found: f"{found[1]}{body}{found[2]}", before)
-    if options.check:
-        raise SystemExit(int(before != after))
-    PAGE.write_text(after, encoding="utf-8")
+    fill(PAGE, "detector", body, check=options.check)
 
 
 if __name__ == "__main__":

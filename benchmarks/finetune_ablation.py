@@ -37,11 +37,11 @@ from eosin.finetune.page import find, with_interval
 from eosin.finetune.recipe import FinetuneConfig, get_recipe
 from eosin.finetune.run import finetune
 from eosin.finetune.tables import read_table
+from marked import fill
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "finetune" / "ablation.json"
 PAGE = HERE.parent / "docs" / "finetune.md"
-MARKER = re.compile(r"(<!-- ablation -->\n).*?(<!-- /ablation -->)", re.S)
 SEEDS = (0, 1, 2)
 ENCODER = "eosin-tiny"
 BASE = {"crop_px": 64, "lr": 1e-3, "epochs": 4, "folds": 3}
@@ -215,12 +215,8 @@ def main() -> None:
         if options.out is None:
             parser.error("give --out, the folder of the runs")
         run(options)
-    before = PAGE.read_text(encoding="utf-8")
     body = table(json.loads(RESULT.read_text(encoding="utf-8"))) if RESULT.is_file() else "No results yet.\n"
-    after = MARKER.sub(lambda found: f"{found[1]}{body}{found[2]}", before)
-    if options.check:
-        raise SystemExit(int(before != after))
-    PAGE.write_text(after, encoding="utf-8")
+    fill(PAGE, "ablation", body, check=options.check)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from eosin.finetune.infer import input_of
 from eosin.finetune.recipe import get_recipe
 from eosin.finetune.sampler import epoch_rows
 from eosin.finetune.tables import read_table
-from eosin.finetune.train import Job, _FoldRun, quicker
+from eosin.finetune.train import FoldRun, Job, quicker
 
 RESULT = Path(__file__).resolve().parent / "results" / "finetune" / "throughput.json"
 SEED = 0
@@ -110,14 +110,14 @@ def eosin_loop(
     job = Job(
         cells=cells, tiles=tiles, fold=fold, config=config, how=how, device=encoder.device, precision=encoder.precision
     )
-    run, epoch = _FoldRun(model, job, None), 0
+    run, epoch = FoldRun(model, job, None), 0
     model.train()
     with quicker(model, job):
         while True:
             order = epoch_rows(run.groups, seed=SEED, epoch=epoch)
             for step in range(len(order) // options.batch):
                 chosen = order[step * options.batch : (step + 1) * options.batch]
-                run._step(chosen, epoch=min(epoch, config.epochs - 1), step=step)
+                run.step(chosen, epoch=min(epoch, config.epochs - 1), step=step)
                 yield len(chosen)
             epoch += 1
 

@@ -10,18 +10,17 @@ its value at ten million: a projection, marked as one. Qdrant Edge is shown as e
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from marked import fill
 from vector_search import GOOD, chosen
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "vector-search.md"
-MARKER = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.S)
 FAR = 10_000_000
 OURS = 256
 """The `ef` that eosin searches Qdrant Edge with."""
@@ -40,11 +39,7 @@ def main() -> None:
         f"{largest['machine']['processor']}, {largest['threads']} cores, commit {largest['machine']['commit'][:12]}"
     )
     body = "\n\n".join([*parts, f"{machine}:\n\n```text\n{commands}\n```"])
-    before = PAGE.read_text(encoding="utf-8")
-    after = MARKER.sub(lambda found: f"{found[1]}\n{body}\n\n{found[2]}", before)
-    if "--check" in sys.argv:
-        raise SystemExit(int(before != after))
-    PAGE.write_text(after, encoding="utf-8")
+    fill(PAGE, "measured", f"\n{body}\n\n", check="--check" in sys.argv)
 
 
 def engines(result: dict[str, Any]) -> str:

@@ -25,6 +25,8 @@ COMMANDS = (
     "validate",
     "pretrain",
     "finetune",
+    "distil",
+    "cells",
     "index",
     "search",
     "review",

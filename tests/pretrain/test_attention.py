@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from eosin.pretrain.model import SHORT, attend
+from eosin.encoders.network import SHORT_SEQUENCE
+from eosin.pretrain.model import attend
 
 
-@pytest.mark.parametrize("length", [1, 14, SHORT, SHORT + 1])
+@pytest.mark.parametrize("length", [1, 14, SHORT_SEQUENCE, SHORT_SEQUENCE + 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_short_sequences_are_attended_as_by_torch(length: int, dtype: torch.dtype) -> None:
     """Values and gradients agree with float64 to the precision of the type."""

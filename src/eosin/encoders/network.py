@@ -18,6 +18,10 @@ from torch.nn import functional
 from eosin.encoders.spec import EncoderSpec, Interpolation, Tokens, check_side
 from eosin.errors import GeometryError, WeightsError
 
+SHORT_SEQUENCE = 300
+"""Tokens up to which attention by plain products trains faster than torch's fused kernel, in bfloat16 on a CPU
+(benchmarks/attention.py); 224 px are 201 to 261 of them."""
+
 
 def resize_position(position: Tensor, grid: tuple[int, int], how: Interpolation, *, prefix: int) -> Tensor:
     """Return a learned position embedding for another grid of patches.

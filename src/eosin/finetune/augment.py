@@ -226,19 +226,18 @@ def stain(
     """
     (which,) = _uniform(len(images), 1, generator=generator)
     edges = np.cumsum([config.macenko_chance, config.he_chance, config.hed_chance]).tolist()
-    scale, shift = config.hed_scale, config.hed_shift
+    he = {"scale": config.he_scale, "shift": config.he_shift}
+    hed = {"scale": config.hed_scale, "shift": config.hed_shift}
     images = _on(images, which < edges[0], lambda i: random_macenko(i, bank, generator, fit=_stains(i, bank))[0])
     images = _on(
         images,
         (which >= edges[0]) & (which < edges[1]),
-        lambda i: jitter_he(i, generator=generator, scale=config.he_scale, shift=config.he_shift, fit=_stains(i, bank))[
-            0
-        ],
+        lambda i: jitter_he(i, generator=generator, **he, fit=_stains(i, bank))[0],
     )
     return _on(
         images,
         (which >= edges[1]) & (which < edges[2]),
-        lambda i: jitter_hed(i, generator=generator, scale=scale, shift=shift)[0],
+        lambda i: jitter_hed(i, generator=generator, **hed)[0],
     )
 
 

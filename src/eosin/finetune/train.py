@@ -22,6 +22,7 @@ from scipy.special import expit
 from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 
+from eosin.encoders.network import SHORT_SEQUENCE
 from eosin.errors import CheckpointError, ConfigError, NonFiniteError, PredictionsError, StainError
 from eosin.evaluation.metrics import auroc, balanced_accuracy
 from eosin.features.recipe import canonical_json
@@ -42,8 +43,6 @@ from eosin.stain import StainTarget
 STATE = "state.safetensors"
 # Counts of the moving average's first steps: it follows closely until it has seen some.
 EMA_START = 10
-# Patches up to which plain attention is faster on a CPU in bfloat16 (benchmarks/attention.py).
-SHORT = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +173,7 @@ def train_fold(
     """
     if len(job.unlabelled) and lesson is None:
         raise ConfigError(f"{len(job.unlabelled)} cells without a label need a teacher; leave them out")
-    run = _FoldRun(model, job, lesson)
+    run = FoldRun(model, job, lesson)
     path = None if folder is None else folder / STATE
     if path is not None and path.is_file():
         run.restore(path)
@@ -194,7 +193,7 @@ def train_fold(
     )
 
 
-class _FoldRun:
+class FoldRun:
     """What one fold needs from step to step."""
 
     def __init__(self, model: Model, job: Job, lesson: Lesson | None) -> None:
@@ -260,7 +259,7 @@ class _FoldRun:
         order = self._order(at)
         losses = []
         for step in range(self.steps_an_epoch):
-            losses.append(self._step(order[step * config.batch : (step + 1) * config.batch], epoch=at, step=step))
+            losses.append(self.step(order[step * config.batch : (step + 1) * config.batch], epoch=at, step=step))
         row = {
             "epoch": at + 1,
             "loss": float(np.mean(losses)),
@@ -276,7 +275,7 @@ class _FoldRun:
         self.history.append(row)
         return row
 
-    def _step(self, chosen: npt.NDArray[np.int64], *, epoch: int, step: int) -> float:
+    def step(self, chosen: npt.NDArray[np.int64], *, epoch: int, step: int) -> float:
         """Make one optimiser step on the training rows `chosen`; return its loss."""
         job, config = self.job, self.job.config
         seed = int(np.random.SeedSequence((config.seed, epoch, step)).generate_state(1, np.uint64)[0] >> 1)
@@ -463,7 +462,7 @@ def quicker(model: Model, job: Job) -> Iterator[None]:
         setattr(where, name, value)
 
     patches = max((job.how.side_px / (one.spec.patch_px or job.how.side_px)) ** 2 for one in model.branches)
-    plain = torch.device(job.device).type == "cpu" and patches <= SHORT
+    plain = torch.device(job.device).type == "cpu" and patches <= SHORT_SEQUENCE
     try:
         for module in list(model.modules()):
             if plain and getattr(module, "fused_attn", False):

@@ -22,17 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eosin.encoders.network import resize_position
+from eosin.encoders.network import SHORT_SEQUENCE, resize_position
 from eosin.encoders.spec import Interpolation
 from eosin.errors import GeometryError, UnknownEncoderError, closest
 from eosin.pretrain.positions import Turn, rotary_angles, turn_patches
 
 Sizes = Sequence[tuple[int, int]]
 """Samples and tokens a sample of each crop size, in the order of the rows of the token matrix."""
-
-
-SHORT = 300
-"""Tokens up to which `attend` multiplies matrices on a CPU; 300 are those of a crop of 224 px."""
 
 
 class CropTokens(NamedTuple):
@@ -190,7 +186,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     By `scaled_dot_product_attention`, but for short sequences in bfloat16 on a CPU by plain products: the backward of
     torch's fused kernel takes 2 to 8 times as long there (`benchmarks/attention.py`).
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= SHORT:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= SHORT_SEQUENCE:
         return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1) @ value
     return functional.scaled_dot_product_attention(query, key, value)
 
