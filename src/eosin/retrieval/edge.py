@@ -31,13 +31,15 @@ import numpy as np
 import numpy.typing as npt
 from filelock import BaseFileLock
 
-from eosin.errors import IndexCorruptError, IndexLockedError, IndexStoreError, MissingDependencyError
+from eosin.errors import IndexCorruptError, IndexStoreError, MissingDependencyError
 from eosin.features.writer import fsync_folder
 from eosin.retrieval.edge_files import (
+    OPTIMISING,
     ROOM,
     ROOM_TO_OPEN,
     SHARD,
     check_files,
+    check_optimised,
     check_room,
     copy_sparse,
     damaged,
@@ -79,7 +81,18 @@ FLUSH_POINTS = 32_768
 QUERIES = 64  # in one request
 _PAYLOAD_BYTES = 2048  # a point, generously
 
-_OPTIMISE = "import sys, qdrant_edge as q; s = q.EdgeShard.load(sys.argv[1]); s.optimize(); s.flush(); s.close()"
+# Qdrant's own lock lets a second process in while the first optimises, which then damages the files of both. So the
+# process holds a lock to its end, and does nothing when the one that asked is gone: then the index may be open again.
+_OPTIMISE = """
+import os, sys, filelock, qdrant_edge
+with filelock.FileLock(sys.argv[2], timeout=0):
+    if os.getppid() == int(sys.argv[3]):
+        shard = qdrant_edge.EdgeShard.load(sys.argv[1])
+        shard.optimize()
+        shard.flush()
+        shard.close()
+        del shard
+"""
 
 
 class EdgeIndex(QdrantIndex):
@@ -150,17 +163,18 @@ class EdgeIndex(QdrantIndex):
         if manifest.engine != ENGINE:
             raise IndexStoreError(f"{path} was made by the engine {manifest.engine!r}; open it with open_index")
         with _held(lock_index(path)) as lock:
+            check_optimised(path)
             manifest = read_manifest(path)
             if not manifest.complete:
                 raise IndexCorruptError(f"{path} is half an index: making it was interrupted; make it again")
             check_files(path, manifest)
             check_room(path, ROOM_TO_OPEN)
             index = cls(path, manifest, _load(engine, path), lock)
-            shutil.rmtree(path / SHARD / "temp_segments", ignore_errors=True)  # of a killed optimise
             there, known = index._count(None), int(manifest.state.get("points", 0))
             if there < known:
                 index.shard.close()
                 raise damaged(path, f"it held {known} points or more when it was last closed, now {there}")
+            shutil.rmtree(path / SHARD / "temp_segments", ignore_errors=True)  # of a killed optimise
             return index
 
     @property
@@ -186,10 +200,11 @@ class EdgeIndex(QdrantIndex):
         with self._writing:
             self._flush()
             check_room(self.path, ROOM + 2 * disk_bytes(self.path / SHARD))
-            self._changing()
+            self._note({"points": self._count(None)})
             self.shard.close()
             self._shard = None
-            command = [sys.executable, "-c", _OPTIMISE, str(self.path / SHARD)]
+            lock, parent = str(self.path / OPTIMISING), str(os.getpid())
+            command = [sys.executable, "-c", _OPTIMISE, str(self.path / SHARD), lock, parent]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
             finally:
@@ -354,14 +369,13 @@ class EdgeIndex(QdrantIndex):
     def _changing(self, *, fewer: int = 0) -> None:
         """Before the first change: take back what `index.json` says of the files, and of points that will go."""
         known = int(self._manifest.state.get("points", 0))
-        state = {"points": max(0, known - fewer)}
-        if self._manifest.state != state:
-            self._manifest = replace(self._manifest, state=state)
-            write_manifest(self.path, self._manifest)
+        self._note({"points": max(0, known - fewer)})
 
     def _record(self) -> None:
         """Note the number of points and the sizes of files, for `open` to compare with."""
-        state = {"points": self._count(None), "files": sizes(self.path / SHARD)}
+        self._note({"points": self._count(None), "files": sizes(self.path / SHARD)})
+
+    def _note(self, state: dict[str, Any]) -> None:
         if self._manifest.state != state:
             self._manifest = replace(self._manifest, state=state)
             write_manifest(self.path, self._manifest)
@@ -405,10 +419,6 @@ def _load(engine: Any, path: Path) -> qdrant_edge.EdgeShard:
     except Exception as error:
         if type(error) is not Exception:
             raise
-        if "WouldBlock" in str(error):
-            raise IndexLockedError(
-                f"{path} is still being optimised by a process whose caller has ended; wait until it is done"
-            ) from error
         raise damaged(path, str(error)) from error
 
 

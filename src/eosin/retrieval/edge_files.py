@@ -6,11 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
-from eosin.errors import IndexCorruptError, IndexStoreError
+from filelock import FileLock, Timeout
+
+from eosin.errors import IndexCorruptError, IndexLockedError, IndexStoreError
 from eosin.features.writer import fsync_folder
 from eosin.retrieval.manifest import Manifest, disk_trouble
 
 SHARD = "shard"
+OPTIMISING = ".optimising"  # locked by the process that builds the graph
 ROOM = 2**28  # to write: Qdrant makes its files in steps of 32 MiB, several at once
 ROOM_TO_OPEN = 2**26
 
@@ -63,6 +66,23 @@ def check_files(path: Path, manifest: Manifest) -> None:
         if found.get(name, -1) < size:
             state = f"holds {found[name]} bytes instead of {size}" if name in found else "is missing"
             raise damaged(path, f"{SHARD}/{name} {state}")
+
+
+def check_optimised(path: Path) -> None:
+    """Raise while a process builds the graph whose caller was killed.
+
+    Raises:
+        IndexLockedError: one does.
+    """
+    try:
+        with FileLock(path / OPTIMISING, timeout=0):
+            pass
+    except Timeout as error:
+        raise IndexLockedError(
+            f"{path} is still being optimised by a process whose caller has ended; wait until it is done"
+        ) from error
+    except OSError as error:
+        raise disk_trouble(error, path) from error
 
 
 def damaged(path: Path, why: str) -> IndexCorruptError:
