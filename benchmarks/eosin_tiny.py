@@ -3,7 +3,7 @@
     python benchmarks/eosin_tiny.py tiles DATA --tiles TILES
     eosin pretrain --config docs/pretrain-eosin-tiny.toml --out RUN     (in the folder that holds TILES as "tiles")
     python benchmarks/eosin_tiny.py release RUN                         (the weights of the package, in bfloat16)
-    python benchmarks/eosin_tiny.py ablate DATA --tiles TILES           (docs/pretrain-small.toml, changed one by one)
+    python benchmarks/eosin_tiny.py ablate DATA --tiles TILES           (recipes of docs/, changed one by one)
     python benchmarks/eosin_tiny.py encoders DATA --encoder NAME=FILE_OR_NAME ...
     python benchmarks/eosin_tiny.py labels DATA --encoder NAME=FILE_OR_NAME ...
     python benchmarks/eosin_tiny.py table                               (writes the tables of docs/eosin-tiny.md)
@@ -57,18 +57,19 @@ HEADS = ("knn", "linear")
 NEIGHBOURS, STRENGTH = 20, 0.003
 PERMUTATIONS, CENTRE = 10, slice(32, 96)
 SEEDS, SHARES, SCRATCH_STEPS = (0, 1, 2), (0.05, 0.1, 0.25, 1.0), 200
-FULL, BASE = "small.toml", "small.toml, 150 steps"
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    FULL: {},
-    "untrained": {"budget": {"steps": 1}, "optimizer": {"lr": 1e-12}},
-    BASE: {},
-    "no KDE": {"objective": {"kde": 0.0}},
-    "KoLeo for KDE": {"objective": {"kde": 0.0, "koleo": 0.1}},
-    "extended context": {"views": {"extended_context": 1.0}},
-    "no HED jitter": {"views": {"stain_probability": 0.0}},
-    "adversary of the scanner": {"objective": {"adversary": "site"}},
+SMALL, TINY = "pretrain-small.toml", "pretrain-eosin-tiny.toml"
+FULL, BASE = "small.toml", "150 steps"
+VARIANTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    FULL: (SMALL, {}),
+    "untrained": (SMALL, {"budget": {"steps": 1}, "optimizer": {"lr": 1e-12}}),
+    BASE: (TINY, {}),
+    "no KDE": (TINY, {"objective": {"kde": 0.0}}),
+    "KoLeo for KDE": (TINY, {"objective": {"kde": 0.0, "koleo": 0.1}}),
+    "extended context": (TINY, {"views": {"extended_context": 1.0}}),
+    "no HED jitter": (TINY, {"views": {"stain_probability": 0.0}}),
+    "adversary of the scanner": (TINY, {"objective": {"adversary": "site"}}),
 }
-"""What is changed in docs/pretrain-small.toml; all but the first two have 150 of its 600 steps."""
+"""A recipe of docs/ and what is changed in it; those of eosin-tiny have 150 of its 1,200 steps."""
 TILE_PX = 128
 SLIDES = {
     "CMU-1-Small-Region.svs": (None, (0.5, 1.0, 2.0)),
@@ -257,14 +258,16 @@ def kept(name: str) -> dict[str, Any]:
     return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
-def small_config(tiles: Path, seed: int, changes: Mapping[str, Mapping[str, Any]]) -> PretrainConfig:
-    """Return docs/pretrain-small.toml on these tiles, changed."""
-    table = tomllib.loads((HERE.parent / "docs" / "pretrain-small.toml").read_text())
+def changed_recipe(name: str, tiles: Path, seed: int) -> PretrainConfig:
+    """Return the recipe of a variant on these tiles."""
+    file, changes = VARIANTS[name]
+    table = tomllib.loads((HERE.parent / "docs" / file).read_text())
     table["data"] = {"paths": [str(tiles)], "kind": "tiles", "table": str(tiles / "tiles.csv"), "slide_mpp": 0.5}
     table["data"] |= {"workers": 1, "sample": {"tile_px": TILE_PX, "balance": "site"}}
     table["run"] |= {"seed": seed, "keep": 100}
     table["watch"] = {"log_every": 20, "stop_on_collapse": False}
-    for section, values in changes.items():
+    shorter = {"budget": {"steps": 150}} if file == TINY else {}
+    for section, values in (shorter | changes).items():
         table[section] = table[section] | values
     return parse_config(table)
 
@@ -277,10 +280,9 @@ def ablate(data: Path, tiles: Path, only: Sequence[str]) -> None:
             key = f"{name}/{seed}"
             if key in kept("ablations") or (only and key not in only):
                 continue
-            changes = VARIANTS[name] if name in (FULL, "untrained") else {"budget": {"steps": 150}, **VARIANTS[name]}
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                outcome = pretrain(small_config(tiles, seed, changes), Path(folder), device="cpu")
+                outcome = pretrain(changed_recipe(name, tiles, seed), Path(folder), device="cpu")
                 if outcome.encoder is None:
                     raise SystemExit(f"{key} was stopped; run the same command again")
                 seconds = time.perf_counter() - start

@@ -33,10 +33,11 @@ from eosin.finetune.cells import CellTable, read_tiles
 from eosin.finetune.classifier import Classifier
 from eosin.finetune.folds import Fold, plan_folds
 from eosin.finetune.infer import input_of
+from eosin.finetune.quicker import quicker
 from eosin.finetune.recipe import get_recipe
 from eosin.finetune.sampler import epoch_rows
 from eosin.finetune.tables import read_table
-from eosin.finetune.train import FoldRun, Job, quicker
+from eosin.finetune.train import FoldRun, Job
 
 RESULT = Path(__file__).resolve().parent / "results" / "finetune" / "throughput.json"
 SEED = 0
@@ -112,7 +113,7 @@ def eosin_loop(
     )
     run, epoch = FoldRun(model, job, None), 0
     model.train()
-    with quicker(model, job):
+    with quicker(model, job.how, device=job.device, precision=job.precision):
         while True:
             order = epoch_rows(run.groups, seed=SEED, epoch=epoch)
             for step in range(len(order) // options.batch):

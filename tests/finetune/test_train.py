@@ -19,9 +19,10 @@ from eosin.finetune.adapters import AdaptConfig
 from eosin.finetune.augment import AugmentConfig
 from eosin.finetune.classifier import Classifier
 from eosin.finetune.mix import MixConfig
+from eosin.finetune.quicker import quicker
 from eosin.finetune.resume import load_state
 from eosin.finetune.saving import trained_state
-from eosin.finetune.train import STATE, Status, domain_scores, quicker, schedule, train_fold
+from eosin.finetune.train import STATE, Status, domain_scores, schedule, train_fold
 
 pytestmark = pytest.mark.slow
 
@@ -224,7 +225,7 @@ def test_what_makes_training_quicker_changes_rounding_only_and_is_taken_back(tmp
 
     exact, plain = gradients(half=False), gradients(half=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with quicker(model, given):
+    with quicker(model, given.how, device=given.device, precision=given.precision):
         quick_ones = gradients(half=True)
         frozen = [p for p in model.parameters() if p.ndim == 2 and not p.requires_grad]
         assert all(p.dtype == torch.bfloat16 for p in frozen)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli.finetune import _bar, _config, _print_summary
-from eosin.cli.options import Json, Out, print_json, print_table
+from eosin.cli.finetune import _config, _print_summary, epochs_bar
+from eosin.cli.options import Json, Out, first_rank, print_json, print_table
 
 if TYPE_CHECKING:
     from eosin.evaluation.report import Report
@@ -53,8 +53,10 @@ def distil(
     shares = {"temperature": temperature, "logit": logit, "feature": feature, "label": label}
     how = DistilConfig(**shares, compare=compare)  # pyright: ignore[reportArgumentType]
     folders = {"teacher": teacher, "out": out, "unlabelled": unlabelled}
-    with _bar() as progress:
+    with epochs_bar() as progress:
         report = run(data, encoder, config, how, **folders, device=device, progress=progress)
+    if not first_rank():
+        return
     if as_json:
         print_json(report.to_dict())
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eosin.cli.options import Json, Out, print_json, print_table
+from eosin.cli.options import Json, Out, first_rank, print_json, print_table
 
 if TYPE_CHECKING:
     from eosin.evaluation.report import Report
@@ -51,7 +51,10 @@ def finetune(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune an encoder on cells: folds of whole slides, a threshold out of fold, an external test, one page."""
+    """Fine-tune an encoder on cells: folds of whole slides, a threshold out of fold, an external test, one page.
+
+    Several GPUs: torchrun --nproc-per-node N -m eosin.cli finetune ...
+    """
     from eosin.finetune.run import finetune as run
 
     given = {"crop_px": crop, "epochs": epochs, "batch": batch, "lr": lr, "folds": folds, "tta": tta}
@@ -59,8 +62,10 @@ def finetune(
     more = {"soft_labels": soft_labels, "mix": _mix(mix), "checkpointing": checkpointing}
     settled = _changed(config, leave_out=leave_out, seed=seed, **more)
     where = {"out": out, "external": _pair(external), "expert": expert, "device": device}
-    with _bar() as progress:
+    with epochs_bar() as progress:
         report = run(data, encoder, settled, **where, progress=progress)
+    if not first_rank():
+        return
     if as_json:
         print_json(report.to_dict())
     else:
@@ -128,8 +133,11 @@ def _print_summary(report: Report, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[Status], None]]:
+def epochs_bar() -> Iterator[Callable[[Status], None] | None]:
     """Yield a callback that shows fold, epoch, loss, AUROC and balanced accuracy on stderr, and domains below."""
+    if not first_rank():
+        yield None
+        return
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,11 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     if found is None:
         raise typer.BadParameter(f"{text!r} is not i/n, such as 1/8", param_hint="--shard")
     return int(found.group(1)), int(found.group(2))
+
+
+def first_rank() -> bool:
+    """Return whether this process speaks for all that torchrun started; True when it is the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_json(value: Any) -> None:

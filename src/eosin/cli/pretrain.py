@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eosin.cli.options import Json, print_json, print_table
+from eosin.cli.options import Json, first_rank, print_json, print_table
 
 if TYPE_CHECKING:
     from eosin.pretrain.trainer import Outcome, Status
@@ -44,10 +43,9 @@ def pretrain(
         raise typer.BadParameter("give the folder to write to", param_hint="--out")
     from eosin.pretrain.trainer import pretrain as run
 
-    first = os.environ.get("RANK", "0") == "0"
-    with _bar() if first else contextlib.nullcontext() as progress:
+    with _bar() if first_rank() else contextlib.nullcontext() as progress:
         outcome = run(settings, out, device=device, progress=progress)
-    if first:
+    if first_rank():
         _print_outcome(outcome, as_json)
     raise typer.Exit(0 if outcome.finished else STOPPED)
 

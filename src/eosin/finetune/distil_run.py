@@ -18,6 +18,7 @@ import pandas as pd
 from scipy.special import logit
 
 from eosin.cohort.reading import read_cells, squeeze
+from eosin.encoders.ranks import on_ranks, rank
 from eosin.errors import CohortError
 from eosin.evaluation.bootstrap import bootstrap, paired_difference
 from eosin.evaluation.metrics import make_metrics
@@ -90,13 +91,15 @@ def distil(
         "resamples": resamples,
         "progress": progress,
     }
-    report = finetune(data, encoder, settled, out=out, teacher=guide, **common)
-    finetune(data, encoder, settled, out=out / ALONE, **common)
-    runs = {"teacher": teacher, "student": out, "alone": out / ALONE}
-    section = compare(runs, own, external, resamples=resamples, seed=settled.seed)
-    whole = replace(report, sections={**report.sections, "distillation": section})
-    write(out / REPORT, whole.to_json().encode())
-    write(out / PAGE, page(whole, sheet=(out / SHEET).read_bytes(), first=[block(whole.sections)]).encode())
+    with on_ranks(device):
+        report = finetune(data, encoder, settled, out=out, teacher=guide, **common)
+        finetune(data, encoder, settled, out=out / ALONE, **common)
+        runs = {"teacher": teacher, "student": out, "alone": out / ALONE}
+        section = compare(runs, own, external, resamples=resamples, seed=settled.seed)
+        whole = replace(report, sections={**report.sections, "distillation": section})
+        if rank() == 0:
+            write(out / REPORT, whole.to_json().encode())
+            write(out / PAGE, page(whole, sheet=(out / SHEET).read_bytes(), first=[block(whole.sections)]).encode())
     return whole
 
 

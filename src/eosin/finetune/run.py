@@ -19,6 +19,7 @@ import pandas as pd
 
 from eosin.encoders import load_encoder
 from eosin.encoders.encoder import Encoder
+from eosin.encoders.ranks import on_ranks, rank, wait_for_all
 from eosin.errors import CohortError, ConfigError, LabelError, closest
 from eosin.evaluation.report import Remark, Report, plain, provenance
 from eosin.features.writer import replace_durably
@@ -27,14 +28,14 @@ from eosin.finetune.cells import TEXT_FIELDS, CellTable, domain_counts, read_til
 from eosin.finetune.classifier import Classifier
 from eosin.finetune.experts import Mixture
 from eosin.finetune.folds import Fold, plan_folds
-from eosin.finetune.infer import MODEL, Input, Scale, combine, input_of, tile_logits, write_ensemble
+from eosin.finetune.infer import MODEL, Input, Scale, combine, input_of, write_ensemble
 from eosin.finetune.page import draw_curves, page
 from eosin.finetune.recipe import FinetuneConfig, changed_fields
 from eosin.finetune.results import evaluate, fit_scale
 from eosin.finetune.saving import Model, save_trained
 from eosin.finetune.sheet import draw_sheet
 from eosin.finetune.tables import read_table
-from eosin.finetune.train import Job, Lesson, Status, Trained, train_fold
+from eosin.finetune.train import Job, Lesson, Status, Trained, shared_logits, train_fold
 
 SCHEMA = "eosin.finetune/1"
 RUN, REPORT, PAGE, SHEET, CURVES = "run.json", "report.json", "report.html", "sheet.png", "curves.png"
@@ -104,6 +105,8 @@ def finetune(
 ) -> Report:
     """Fine-tune an encoder on cells, and report what it is worth; a run that was stopped goes on in its folder.
 
+    Under torchrun or `accelerate launch` every rank calls this; all need `out` on one disk, which the first writes.
+
     Args:
         data: a table of cells, or a folder with one; see `tables.read_table`.
         encoder: as `load_encoder` takes it.
@@ -122,27 +125,29 @@ def finetune(
         ConfigError: the folder holds another run, or the encoder cannot be trained.
         EosinError: as `train_fold`.
     """
-    given = _read(data, external)
-    config = _settled(config, given.own, expert)
-    names = [encoder, expert] if expert else [encoder]
-    first = [_load(name, device) for name in names]
-    how = _input(first, given, config)
-    folds = plan_folds(given.own, config)
-    record = _record(given, first, config, names, external) | ({} if teacher is None else plain(teacher.record))
-    _begin(out, record)
-    results: list[FoldResult] = []
-    for at, fold in enumerate(folds):
-        fresh = first if at == 0 else [_load(name, device) for name in names]
-        teach = None if teacher is None else partial(teacher.teach, at)
-        where = _fold_folder(out, at)
-        results.append(_one_fold(fresh, given, fold, config, how, folder=where, progress=progress, teach=teach))
-    scale = fit_scale(given.own.label, _gather(given.own, results, "logits"))
-    files, precision = [result.file for result in results], first[0].precision
-    write_ensemble(
-        out / MODEL, files, encoder=encoder, how=how, scale=scale, tta=config.tta, precision=precision, expert=expert
-    )
-    report = _report(given, results, config, scale, record=record | results[-1].numbers, resamples=resamples)
-    _write_files(out, given, results, scale, config, report)
+    with on_ranks(device) as place:
+        given = _read(data, external)
+        config = _settled(config, given.own, expert)
+        names, where = [encoder, expert] if expert else [encoder], str(place)
+        first = [_load(name, where) for name in names]
+        how = _input(first, given, config)
+        folds = plan_folds(given.own, config)
+        record = _record(given, first, config, names, external) | ({} if teacher is None else plain(teacher.record))
+        _begin(out, record)
+        results: list[FoldResult] = []
+        for at, fold in enumerate(folds):
+            fresh = first if at == 0 else [_load(name, where) for name in names]
+            teach = None if teacher is None else partial(teacher.teach, at)
+            folder = _fold_folder(out, at)
+            results.append(_one_fold(fresh, given, fold, config, how, folder=folder, progress=progress, teach=teach))
+        scale = fit_scale(given.own.label, _gather(given.own, results, "logits"))
+        report = _report(given, results, config, scale, record=record | results[-1].numbers, resamples=resamples)
+        if rank() == 0:
+            told = {"how": how, "scale": scale, "tta": config.tta, "precision": first[0].precision}
+            files = [result.file for result in results]
+            write_ensemble(out / MODEL, files, encoder=encoder, expert=expert, **told)
+            _write_files(out, given, results, scale, config, report)
+        wait_for_all()
     return report
 
 
@@ -250,11 +255,14 @@ def _one_fold(
     if teach is not None:
         job, lesson = teach(job, model)
     trained = train_fold(model, job, folder=folder, progress=progress, lesson=lesson)
-    file = save_trained(folder / ADAPTER, model, recipe=plain(config.to_dict()))
+    file = folder / ADAPTER
+    if rank() == 0:
+        save_trained(file, model, recipe=plain(config.to_dict()))
+    wait_for_all()
     test = given.tiles[fold.test]
-    logits = tile_logits(model, test, how, tta=config.tta, device=where, precision=precision)
-    single = tile_logits(model, test, how, device=where, precision=precision)
-    outside = tile_logits(model, given.external_tiles, how, tta=config.tta, device=where, precision=precision)
+    logits = shared_logits(model, test, how, tta=config.tta, device=where, precision=precision)
+    single = shared_logits(model, test, how, device=where, precision=precision)
+    outside = shared_logits(model, given.external_tiles, how, tta=config.tta, device=where, precision=precision)
     return FoldResult(
         fold=fold,
         trained=trained,
@@ -306,7 +314,9 @@ def _record(
 
 
 def _begin(out: Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a run, or refuse a folder that holds another."""
+    """Write the record of a run, or refuse a folder that holds another; the first rank does."""
+    if rank():
+        return
     path = out / RUN
     changed = changed_fields(json.loads(path.read_text(encoding="utf-8")), dict(record)) if path.is_file() else []
     if changed:

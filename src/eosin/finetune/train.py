@@ -1,4 +1,6 @@
-"""Training of one fold: seeded by fold, epoch and step alone, so that a stopped run goes on bit by bit on a CPU.
+"""Training of one fold: seeded by fold, epoch, step and rank, so that a stopped run goes on bit by bit on a CPU.
+
+Several ranks each take a share of every batch, and their gradients are added up: the loss is that of one process.
 
 AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); linear warm-up and half a cosine; a moving average of what trains,
 which is what is judged and kept; the epoch of the best AUROC on the fold's stopping part wins (ties: the lower loss).
@@ -19,10 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.special import expit
-from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 
-from eosin.encoders.network import SHORT_SEQUENCE
+from eosin.encoders.ranks import all_reduce_, rank, sum_gradients, world_size
 from eosin.errors import CheckpointError, ConfigError, NonFiniteError, PredictionsError, StainError
 from eosin.evaluation.metrics import auroc, balanced_accuracy
 from eosin.features.recipe import canonical_json
@@ -30,9 +31,10 @@ from eosin.finetune.augment import augment, stain_bank
 from eosin.finetune.cells import CellTable
 from eosin.finetune.classifier import parameter_groups
 from eosin.finetune.folds import Fold
-from eosin.finetune.infer import Input, tile_logits, to_images
+from eosin.finetune.infer import Input, Tta, tile_logits, to_images
 from eosin.finetune.losses import LossConfig, loss_rows, mean_loss, training_loss
 from eosin.finetune.mix import mix_batch, mixed_loss
+from eosin.finetune.quicker import quicker
 from eosin.finetune.recipe import FinetuneConfig
 from eosin.finetune.resume import load_optimizer, load_state, optimizer_tensors, save_state
 from eosin.finetune.sampler import balanced_weights, epoch_rows, sampling_groups
@@ -177,7 +179,7 @@ def train_fold(
     path = None if folder is None else folder / STATE
     if path is not None and path.is_file():
         run.restore(path)
-    with _private_random(job.device), quicker(model, job):
+    with _private_random(job.device), quicker(model, job.how, device=job.device, precision=job.precision):
         while not run.finished:
             begun = time.perf_counter()
             row = run.epoch()
@@ -276,15 +278,20 @@ class FoldRun:
         return row
 
     def step(self, chosen: npt.NDArray[np.int64], *, epoch: int, step: int) -> float:
-        """Make one optimiser step on the training rows `chosen`; return its loss."""
+        """Make one optimiser step on the training rows `chosen`, each rank on its share; return its loss."""
         job, config = self.job, self.job.config
-        seed = int(np.random.SeedSequence((config.seed, epoch, step)).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(np.random.SeedSequence((config.seed, epoch, step, rank())).generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
-        names = job.cells.file[self.rows[chosen]].tolist()
-        loss = self._loss(chosen, generator, names)
+        mine = chosen[rank() :: world_size()]
+        share = len(mine) / len(chosen)
+        if not share:  # fewer rows than ranks: one that counts nothing
+            mine = chosen[:1]
+        names = job.cells.file[self.rows[mine]].tolist()
+        loss = share * self._loss(mine, generator, names)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        sum_gradients(self._parameters())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), config.clip)
         if not bool(norm.isfinite()):
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -297,7 +304,7 @@ class FoldRun:
             group["lr"] = peak * factor
         self.optimizer.step()
         self._follow(epoch * self.steps_an_epoch + step)
-        return float(loss.detach())
+        return float(all_reduce_(loss.detach()))
 
     def _loss(self, chosen: npt.NDArray[np.int64], generator: torch.Generator, names: list[str]) -> Tensor:
         job, config = self.job, self.job.config
@@ -342,7 +349,7 @@ class FoldRun:
         """Return loss, AUROC and balanced accuracy of the moving average on the stopping part."""
         job, rows = self.job, self.job.fold.stop
         with _holding(self.model, self.average):
-            logits = tile_logits(self.model, job.tiles[rows], job.how, device=job.device, precision=job.precision)
+            logits = shared_logits(self.model, job.tiles[rows], job.how, device=job.device, precision=job.precision)
         label, p = job.cells.label[rows].astype(np.int64), expit(logits)
         loss = loss_rows(torch.from_numpy(logits), torch.from_numpy(label.astype(np.float64)), _plain(job.config.loss))
         return {
@@ -366,7 +373,9 @@ class FoldRun:
         )
 
     def save(self, path: Path) -> None:
-        """Write all that the next epoch needs."""
+        """Write all that the next epoch needs; the first rank does, for all hold the same."""
+        if rank():
+            return
         parts = {"model": trained_state(self.model), "average": self.average, "best": self.best}
         parts["adam"] = optimizer_tensors(self.optimizer)
         parts["lesson"] = {} if self.lesson is None else self.lesson.module.state_dict()
@@ -397,6 +406,16 @@ class FoldRun:
             for name, value in own.items():
                 value.copy_(kept[name])
         self.history, self.stale = about["history"], about["stale"]
+
+
+def shared_logits(
+    model: Model, tiles: npt.NDArray[np.uint8], how: Input, *, device: str, precision: str, tta: Tta = "none"
+) -> npt.NDArray[np.float64]:
+    """Return what `tile_logits` does, each rank computing its share, and every rank given all."""
+    mine = slice(rank(), None, world_size())
+    found = torch.zeros(len(tiles), dtype=torch.float64)
+    found[mine] = torch.from_numpy(tile_logits(model, tiles[mine], how, tta=tta, device=device, precision=precision))
+    return all_reduce_(found.to(device)).cpu().numpy()
 
 
 def schedule(step: int, *, steps: int, warmup: float) -> float:
@@ -442,58 +461,6 @@ def _holding(model: Model, state: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         load_trained_state(model, own)
-
-
-@contextlib.contextmanager
-def quicker(model: Model, job: Job) -> Iterator[None]:
-    """Let a model train faster for a while, in bfloat16, by what changes rounding only.
-
-    Linears that do not train are kept in bfloat16, which autocast would round them to at every step, with timm's layer
-    scale of their outputs multiplied in. On a CPU timm's attentions are plain products where sequences are short:
-    torch's fused backward takes 2 to 8 times as long there.
-    """
-    if job.precision != "bf16":
-        yield
-        return
-    before: list[tuple[Any, str, Any]] = []
-
-    def put(where: Any, name: str, value: Any) -> None:
-        before.append((where, name, getattr(where, name)))
-        setattr(where, name, value)
-
-    patches = max((job.how.side_px / (one.spec.patch_px or job.how.side_px)) ** 2 for one in model.branches)
-    plain = torch.device(job.device).type == "cpu" and patches <= SHORT_SEQUENCE
-    try:
-        for module in list(model.modules()):
-            if plain and getattr(module, "fused_attn", False):
-                put(module, "fused_attn", False)
-            for name, gamma, linear in _scaled(module):
-                put(linear.weight, "data", linear.weight.data * gamma[:, None])
-                if linear.bias is not None:
-                    put(linear.bias, "data", linear.bias.data * gamma)
-                put(module, name, nn.Identity())
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and not _trains(module):
-                for parameter in module.parameters():
-                    put(parameter, "data", parameter.data.bfloat16())
-        yield
-    finally:
-        for where, name, value in reversed(before):
-            setattr(where, name, value)
-
-
-def _scaled(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Linear]]:
-    """Yield name and factors of the layer scales of a block of timm's, and the linear before, where neither trains."""
-    found: Any = module
-    for name, path in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
-        scale, (parent, leaf) = getattr(found, name, None), path.split(".")
-        linear = getattr(getattr(found, parent, None), leaf, None)
-        if isinstance(scale, LayerScale) and isinstance(linear, nn.Linear) and not (_trains(scale) or _trains(linear)):
-            yield name, scale.gamma.data, linear
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @contextlib.contextmanager

@@ -30,11 +30,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from eosin.encoders.ranks import rank, world_size
 from eosin.errors import CheckpointError, NonFiniteError, WeightsError
 from eosin.features.recipe import plain
 from eosin.features.writer import fsync_folder
 from eosin.pretrain.config import PretrainConfig
-from eosin.pretrain.ranks import rank, world_size
 from eosin.pretrain.schedules import Budget
 from eosin.pretrain.tables import differences
 

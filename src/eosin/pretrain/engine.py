@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eosin.encoders import load_encoder
 from eosin.encoders.checkpoints import read_facts
 from eosin.encoders.encoder import Encoder
+from eosin.encoders.ranks import rank, world_size
 from eosin.errors import ConfigError, WeightsError
 from eosin.pretrain import ema
 from eosin.pretrain.adversary import reversal_ramp
@@ -25,7 +26,6 @@ from eosin.pretrain.lora import add_adapters
 from eosin.pretrain.model import VisionTransformer
 from eosin.pretrain.objective import Branch, Crops, Seen, Student, Targets, loss_parts, loss_weights
 from eosin.pretrain.parallel import blocks_of, clip, data_parallel, put_away, shard, without_sync
-from eosin.pretrain.ranks import rank, world_size
 from eosin.pretrain.schedules import StepValues, step_values
 
 

@@ -17,13 +17,13 @@ from eosin.encoders.convert import unwrap
 from eosin.encoders.encoder import Encoder
 from eosin.encoders.files import read_tensors
 from eosin.encoders.network import Backbone, build_network, position_px
+from eosin.encoders.ranks import all_reduce_
 from eosin.encoders.spec import EncoderSpec
 from eosin.errors import ConfigError, GeometryError, WeightsError
 from eosin.pretrain.checkpoint import latest_checkpoint, read_part
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.heads import ProjectionHead
 from eosin.pretrain.losses import resize_patches
-from eosin.pretrain.ranks import all_reduce_
 
 HEADS = {"dino": "dino_head.", "ibot": "ibot_head."}
 """Names of trained heads in a teacher's checkpoint, as DINOv2 and DINOv3 have them."""

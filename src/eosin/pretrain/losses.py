@@ -1,7 +1,7 @@
 """The objectives of self-supervised training, each a plain function of logits or tokens.
 
 All compute in float32 whatever comes in, also inside autocast. Over several ranks each returns the mean over this
-rank's rows; see `eosin.pretrain.ranks`.
+rank's rows; see `eosin.encoders.ranks`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eosin.pretrain.ranks import all_reduce_, gather_rows, rank, world_size
+from eosin.encoders.ranks import all_reduce_, gather_rows, rank, world_size
 
 KOLEO_EPS = 1e-8
 TWINS = 1e-6

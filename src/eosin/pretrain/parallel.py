@@ -1,14 +1,11 @@
-"""Several ranks: a process group from torchrun's environment, and data-parallel or sharded modules."""
+"""Modules over several ranks: data-parallel or sharded."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,38 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from eosin.errors import ConfigError
-from eosin.pretrain.ranks import world_size
-
-
-@contextlib.contextmanager
-def on_ranks(device: str) -> Iterator[torch.device]:
-    """Yield this rank's device; under torchrun with a process group (NCCL on GPUs, gloo on CPUs) around the block.
-
-    Args:
-        device: "auto" (cuda when there is one), "cpu", "cuda", "cuda:1" ...
-
-    Raises:
-        ConfigError: a GPU is asked for and there is none.
-    """
-    kind = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device is {device!r}, but torch sees no GPU; use --device cpu")
-    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if many and kind == "cuda":
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    found = torch.device(kind)
-    if found.type == "cuda":
-        found = torch.device("cuda", found.index or 0)
-        torch.cuda.set_device(found)
-    mine = many and not dist.is_initialized()
-    if mine:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    try:
-        yield found
-    finally:
-        if mine:
-            dist.destroy_process_group()
+from eosin.encoders.ranks import world_size
 
 
 def shard(module: nn.Module, device: torch.device) -> None:
@@ -102,12 +68,3 @@ def clip(module: nn.Module, most: float) -> Tensor:
     """Return the norm of a module's gradient, over all ranks' shards, after scaling it down to `most` (0: not)."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), most or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether `flag` is set on any rank; every rank calls it."""
-    if world_size() == 1:
-        return flag
-    told = torch.tensor(float(flag), device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told.item())

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from eosin.encoders.ranks import all_reduce_, any_rank, on_ranks, rank, world_size
 from eosin.errors import ConfigError, EosinError
 from eosin.features.pipeline import write_durably
 from eosin.pretrain import checkpoint, contact, engine, held_out, inputs, parallel, pretrain_page, watch
@@ -26,7 +27,6 @@ from eosin.pretrain.model import VisionTransformer
 from eosin.pretrain.objective import check_batch
 from eosin.pretrain.planner import plan
 from eosin.pretrain.pretrain_page import PICTURES, RUN, SHEET
-from eosin.pretrain.ranks import all_reduce_, rank, world_size
 from eosin.pretrain.schedules import Budget
 from eosin.pretrain.sources import AnySource
 from eosin.pretrain.tables import differences
@@ -123,7 +123,7 @@ def pretrain(
         CollapseError: the features no longer tell images apart.
     """
     out = Path(out)
-    with parallel.on_ranks(device) as place, _private_random(place), Stop() as stop:
+    with on_ranks(device) as place, _private_random(place), Stop() as stop:
         check_batch(config, world_size())
         _check_folder(out, config)
         opened = source or inputs.open_source(config, rank=rank(), world=world_size(), cache=out / "tissue")
@@ -285,7 +285,7 @@ class _Run:
             stepped = engine.optimiser_step(self.engine, step, lambda index: self._crops(index, self.clock))
             done, images = step + 1, images + self.config.images_per_step
             last = done == self.budget.steps
-            stopped = parallel.any_rank(self.stop.name is not None, self.device)
+            stopped = any_rank(self.stop.name is not None, self.device)
             logged = done % watching.log_every == 0 or last or stopped
             saving = done % every == 0 or last or stopped
             bad.note(done, stepped)

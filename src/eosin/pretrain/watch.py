@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eosin.encoders.ranks import gather_rows
 from eosin.errors import CollapseError
 from eosin.pretrain.config import PretrainConfig
-from eosin.pretrain.ranks import gather_rows
 
 METRICS = "metrics.jsonl"
 PATIENCE = 3

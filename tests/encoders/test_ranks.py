@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from eosin.encoders.ranks import all_reduce_, gather_rows, rank, world_size
 from eosin.pretrain.losses import CenteredSoftmax, dino_loss, ibot_loss, kde, koleo, simclr, sinkhorn_knopp
 from eosin.pretrain.masking import block_masks
-from eosin.pretrain.ranks import all_reduce_, gather_rows, rank, world_size
 
 SPREADING = {"koleo": koleo, "kde": kde, "simclr": lambda z: simclr(z, z.roll(1, dims=1) + z.square())}
 
