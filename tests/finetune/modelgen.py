@@ -25,7 +25,7 @@ def write_model(folder: Path, *, tta: str = "none", mode: str = "head", folds: i
         files,
         encoder=str(folder / "tiny.safetensors"),
         how=input_of(encoder(folder).spec, tile_px=128, **how),
-        scale=Scale(threshold=0.5, temperature=1.3, n=100),
+        scale=Scale(threshold=0.5, temperature=1.3, shift=0.1, n=100),
         tta=tta,  # pyright: ignore[reportArgumentType]
         precision="fp32",
     )

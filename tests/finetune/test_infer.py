@@ -74,6 +74,7 @@ def test_ensemble_is_the_sigmoid_of_mean_logits() -> None:
     logits = np.array([[1.0, -2.0], [3.0, 0.0]])
     found = combine(logits, temperature=2.0)
     assert found.p == pytest.approx(1 / (1 + np.exp(-np.array([1.0, -0.5]))))
+    assert combine(logits, temperature=2.0, shift=1.0).p == pytest.approx(1 / (1 + np.exp(-np.array([0.5, -1.0]))))
     assert found.spread == pytest.approx([0.5, 0.5])
     assert found.entropy == pytest.approx([entropy([p, 1 - p], base=2) for p in found.p])
     total = [entropy([p, 1 - p], base=2) for p in found.fold_p.mean(0)]
@@ -85,9 +86,9 @@ def test_ensemble_is_the_sigmoid_of_mean_logits() -> None:
 
 def test_ensemble_of_models(tmp_path: Path) -> None:
     models, given = [classifier(tmp_path, seed=seed).eval() for seed in (0, 1)], tiles()
-    both = Ensemble(models, PLAIN, threshold=0.4, temperature=1.5)
+    both = Ensemble(models, PLAIN, threshold=0.4, temperature=1.5, shift=0.2)
     each = [tile_logits(model, given, PLAIN, tta="rot4") for model in models]
-    assert both.scores(given) == pytest.approx(1 / (1 + np.exp(-np.mean(each, axis=0) / 1.5)))
+    assert both.scores(given) == pytest.approx(1 / (1 + np.exp(-(np.mean(each, axis=0) - 0.2) / 1.5)))
     assert both.threshold == 0.4
 
 

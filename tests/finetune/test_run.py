@@ -10,18 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 from cellgen import cell_table
-from scipy.special import expit
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
 from test_challenge import inputs, stack_file
 from traingen import quick, write_cells, write_encoder
 
 from eosin.errors import CheckpointError, CohortError, ConfigError, PredictionsError, WeightsError
+from eosin.evaluation.calibration import ece
 from eosin.evaluation.metrics import balanced_accuracy, choose_threshold
 from eosin.evaluation.report import Report
 from eosin.finetune.cells import read_tiles
 from eosin.finetune.challenge import STACK
 from eosin.finetune.container import run as answer_container
 from eosin.finetune.folds import plan_folds
-from eosin.finetune.infer import MODEL, load_classifier
+from eosin.finetune.infer import MODEL, combine, load_classifier
 from eosin.finetune.page import find, page
 from eosin.finetune.results import cross_fitted, evaluate, fit_scale
 from eosin.finetune.run import finetune
@@ -201,11 +203,28 @@ def test_scale_and_cross_fitting() -> None:
     p, calls = cross_fitted(y, x, fold)
     for each in range(3):
         rest = fit_scale(y[fold != each], x[fold != each])
-        assert p[fold == each] == pytest.approx(expit(x[fold == each] / rest.temperature))
+        assert p[fold == each] == pytest.approx(expit((x[fold == each] - rest.shift) / rest.temperature))
         assert (calls[fold == each] == (p[fold == each] >= rest.threshold)).all()
+        assert p[fold == each].mean() == pytest.approx(y[fold == each].mean(), abs=0.03)
     # labels of a fold do not touch its own calls
     flipped = np.where(fold == 0, 1 - y, y)
     assert (cross_fitted(flipped, x, fold)[1][fold == 0] == calls[fold == 0]).all()
+
+
+def test_shift_brings_back_the_share_of_atypical_cells() -> None:
+    """A logit of balanced batches says half of what is told by the classes' shares; scikit-learn fits the same line."""
+    rng = np.random.default_rng(1)
+    y = (rng.random(4000) < 0.2).astype(np.int64)
+    x = rng.normal(size=4000) + 2 * y - 1  # log odds 2 x among as many of both
+    scale = fit_scale(y, x)
+    assert scale.shift == pytest.approx(np.log(4) / 2, abs=0.08)
+    p = combine(x, temperature=scale.temperature, shift=scale.shift).p
+    assert p.mean() == pytest.approx(y.mean(), abs=1e-6)
+    assert ece(y, p) < 0.03 < 0.1 < ece(y, expit(2 * x))
+    line = LogisticRegression(C=np.inf).fit(x[:, None], y)
+    assert 1 / scale.temperature == pytest.approx(line.coef_.item(), rel=1e-3)
+    assert -scale.shift / scale.temperature == pytest.approx(line.intercept_.item(), rel=1e-3)
+    assert (p >= scale.threshold).tolist() == (x >= scale.shift + scale.temperature * logit(scale.threshold)).tolist()
 
 
 def test_a_threshold_judged_where_it_was_chosen_flatters_itself() -> None:
@@ -214,7 +233,8 @@ def test_a_threshold_judged_where_it_was_chosen_flatters_itself() -> None:
         rng = np.random.default_rng(seed)
         y, x, fold = rng.permutation([0, 1] * 30), rng.normal(size=60), np.arange(60) % 5
         own = fit_scale(y, x)
-        chosen = balanced_accuracy(y, expit(x / own.temperature), threshold=own.threshold)
+        p = combine(x, temperature=own.temperature, shift=own.shift).p
+        chosen = balanced_accuracy(y, p, threshold=own.threshold)
         gains.append((chosen, balanced_accuracy(y, cross_fitted(y, x, fold)[1])))
     chosen, honest = np.mean(gains, axis=0)
     assert chosen > 0.55
@@ -223,7 +243,7 @@ def test_a_threshold_judged_where_it_was_chosen_flatters_itself() -> None:
 
 def test_temperature_that_cannot_be_fitted_is_said() -> None:
     worse = fit_scale([0, 1, 0, 1], [2.0, 1.0, -1.0, -2.0])
-    assert worse.temperature == 1.0
+    assert (worse.temperature, worse.shift) == (1.0, 0.0)
     assert "no better than chance" in worse.note
     with pytest.raises(PredictionsError, match="1 of 2 cells have no out-of-fold prediction"):
         fit_scale([0, 1], [0.0, np.nan])
@@ -235,7 +255,7 @@ def test_scores_of_the_wrong_sign_are_said() -> None:
     # ranks are the wrong way round, but one cut at the very top calls some atypical cells and no normal one
     logits = np.where(cells.label == 1, -1.0, 1.0) + rng.normal(0, 0.1, 80)
     logits[1:16:2] = 9.0
-    scale = replace(fit_scale(cells.label, -logits), threshold=0.99, temperature=1.0)
+    scale = replace(fit_scale(cells.label, -logits), threshold=0.99, temperature=1.0, shift=0.0)
     found = evaluate(cells, logits[None], scale, resamples=20)
     auroc, ba = (find(found.sections, name, "pooled") for name in ("auroc", "ba"))
     assert auroc is not None

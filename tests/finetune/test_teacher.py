@@ -28,7 +28,7 @@ from eosin.finetune.adapters import AdaptConfig
 from eosin.finetune.cells import read_tiles
 from eosin.finetune.classifier import Classifier
 from eosin.finetune.distil import DistilConfig
-from eosin.finetune.distil_run import distil, out_of_fold
+from eosin.finetune.distil_run import distil
 from eosin.finetune.folds import plan_folds
 from eosin.finetune.infer import MODEL, input_of, load_classifier
 from eosin.finetune.run import finetune
@@ -116,8 +116,11 @@ def test_teacher_and_student_stand_side_by_side(taught: tuple[Path, Report]) -> 
         ba = next(r["point"] for r in theirs["calls"] if r["metric"] == "ba" and r["scope"] == "pooled")
         assert row["ba"]["point"] == pytest.approx(ba)  # as the run itself reports it
         kept = pd.read_csv(folder / where / "out-of-fold.csv")
-        p, _ = out_of_fold(folder / where)
-        assert row["auroc"]["point"] == pytest.approx(auroc(kept["atypical"], p))
+        assert row["auroc"]["point"] == pytest.approx(auroc(kept["atypical"], kept["p_atypical"]))
+        ranked = next(r["point"] for r in theirs["scores"] if r["metric"] == "auroc" and r["scope"] == "pooled")
+        assert row["auroc"]["point"] == pytest.approx(ranked)
+        brier = next(r["point"] for r in theirs["scores"] if r["metric"] == "brier" and r["scope"] == "pooled")
+        assert row["brier"]["point"] == pytest.approx(brier)
 
 
 def test_the_student_has_the_folds_of_its_teacher(taught: tuple[Path, Report]) -> None:

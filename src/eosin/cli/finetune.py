@@ -128,7 +128,8 @@ def _print_summary(report: Report, out: Path) -> None:
             rows.append([words, section["n"], *(with_interval(find(section, *cell)) for cell in cells)])
     print_table(["cells", "n", "BA (95 % CI)", "BA, mean of domains", "BA, worst domain", "AUROC"], rows)
     told = report.sections["threshold"]
-    sys.stdout.write(f"Threshold {told['threshold']:.3f}, temperature {told['temperature']:.3f}, from out of fold.\n")
+    scale = f"temperature {told['temperature']:.3f}, shift {told['shift']:.3f}"
+    sys.stdout.write(f"Threshold {told['threshold']:.3f}, {scale}, from out of fold.\n")
     sys.stdout.write(f"Model: {out / 'model'}\nOpen {out / 'report.html'} in a browser.\n")
 
 

@@ -10,12 +10,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import logit
+from scipy.special import expit, logit
+from scipy.stats import rankdata
 
 from eosin.cohort.reading import read_cells, squeeze
 from eosin.encoders.ranks import on_ranks, rank
@@ -151,20 +152,26 @@ def compare(
     return plain(section)
 
 
-Said = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+class Said(NamedTuple):
+    """What a model says of n cells: P(atypical), its calls, and what ranks them, each (n,)."""
+
+    p: npt.NDArray[np.float64]
+    calls: npt.NDArray[np.float64]
+    ranks: npt.NDArray[np.float64]
 
 
 def out_of_fold(run: Path) -> Said:
-    """Return P(atypical) and the calls of a run out of fold, each fold's with the threshold of the others."""
+    """Return what a run says out of fold, each fold's with the scale and threshold of the others."""
     table = read_predictions(run / OUT_OF_FOLD)
     logits = logit(table["p_atypical"].to_numpy().clip(_EPS, 1 - _EPS))
-    return cross_fitted(table["atypical"], logits, table["fold"].to_numpy(dtype=np.str_))
+    return Said(*cross_fitted(table["atypical"], logits, table["fold"].to_numpy(dtype=np.str_)), logits)
 
 
 def _predicted(run: Path) -> Said:
-    """Return P(atypical) and the calls of external cells."""
+    """Return what a run says of external cells."""
     table = read_predictions(run / EXTERNAL)
-    return table["p_atypical"].to_numpy(), table["called"].to_numpy(dtype=np.float64)
+    p = table["p_atypical"].to_numpy()
+    return Said(p, table["called"].to_numpy(dtype=np.float64), p)
 
 
 def _part(said: Mapping[str, Said], cells: CellTable, *, resamples: int, seed: int) -> dict[str, Any]:
@@ -172,14 +179,19 @@ def _part(said: Mapping[str, Said], cells: CellTable, *, resamples: int, seed: i
     y, slides = cells.label.astype(np.int64), cells.group_key()
     how = {"y": y, "resamples": resamples, "seed": seed}
     metrics = {
-        name: {**make_metrics(("auroc", "brier"), y, p), **make_metrics(("ba",), y, calls)}
-        for name, (p, calls) in said.items()
+        name: {
+            **make_metrics(("auroc",), y, expit(one.ranks)),
+            **make_metrics(("brier",), y, one.p),
+            **make_metrics(("ba",), y, one.calls),
+        }
+        for name, one in said.items()
     }
     rows = []
-    for name, (p, calls) in said.items():
+    teacher = said["teacher"]
+    for name, one in said.items():
         found = bootstrap(metrics[name], slides, **how)
-        with_teacher = float((calls == said["teacher"][1]).mean())
-        correlation = float(np.corrcoef(_ranks(p), _ranks(said["teacher"][0]))[0, 1])
+        with_teacher = float((one.calls == teacher.calls).mean())
+        correlation = float(np.corrcoef(rankdata(one.ranks), rankdata(teacher.ranks))[0, 1])
         rows.append({"model": name, **found, "same_calls": with_teacher, "rank_correlation": correlation})
     differences = [
         {"a": a, "b": b, "metric": m, **plain(paired_difference(metrics[a][m], metrics[b][m], slides, **how))}
@@ -187,10 +199,6 @@ def _part(said: Mapping[str, Said], cells: CellTable, *, resamples: int, seed: i
         for m in METRIC_NAMES
     ]
     return {"n": len(y), "slides": len(np.unique(slides)), "models": rows, "differences": differences}
-
-
-def _ranks(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return pd.Series(p).rank().to_numpy()
 
 
 def block(r: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,14 +104,16 @@ class Scale:
 
     Attributes:
         threshold: P(atypical) from which a cell is called atypical.
-        temperature: divides logits first.
-        n: out-of-fold cells both were fitted on.
-        note: why there is no temperature, or "".
+        temperature: divides logits, once the shift is taken from them.
+        n: out-of-fold cells all were fitted on.
+        shift: the logit at which both classes are as likely, among cells like those that were fitted on.
+        note: why temperature and shift do nothing, or "".
     """
 
     threshold: float
     temperature: float
     n: int
+    shift: float = 0.0
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,12 +207,13 @@ def to_images(tiles: npt.NDArray[np.uint8], device: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tiles)).to(device).permute(0, 3, 1, 2).float().div_(255)
 
 
-def combine(logits: npt.ArrayLike, *, temperature: float = 1.0) -> Predictions:
+def combine(logits: npt.ArrayLike, *, temperature: float = 1.0, shift: float = 0.0) -> Predictions:
     """Return what an ensemble says, from the logits of its folds.
 
     Args:
         logits: (folds, n).
-        temperature: fitted out of fold.
+        temperature: fitted out of fold, as is the shift; see `Scale`.
+        shift: taken from the logits before they are divided.
 
     Raises:
         ConfigError: a temperature that is not positive, or no fold.
@@ -218,7 +221,7 @@ def combine(logits: npt.ArrayLike, *, temperature: float = 1.0) -> Predictions:
     each = np.atleast_2d(np.asarray(logits, dtype=np.float64))
     if not (0 < temperature < np.inf) or not len(each):
         raise ConfigError(f"temperature {temperature:g} of {len(each)} folds; it must be above 0, of one fold or more")
-    scaled = each / temperature
+    scaled = (each - shift) / temperature
     fold_p, p = expit(scaled), expit(scaled.mean(0))
     shared = binary_entropy(fold_p).mean(0)
     return Predictions(
@@ -244,6 +247,7 @@ class Ensemble:
     Attributes:
         threshold: chosen on out-of-fold predictions.
         temperature: fitted on them.
+        shift: fitted on them.
         models: one a fold.
     """
 
@@ -254,6 +258,7 @@ class Ensemble:
         *,
         threshold: float,
         temperature: float = 1.0,
+        shift: float = 0.0,
         tta: Tta = "rot4",
         device: str = "cpu",
         precision: str = "fp32",
@@ -261,7 +266,7 @@ class Ensemble:
         """Keep the folds' models and what they need."""
         self.models, self.how = tuple(models), how
         self.tta: Tta = tta
-        self.threshold, self.temperature = threshold, temperature
+        self.threshold, self.temperature, self.shift = threshold, temperature, shift
         self.device, self.precision = device, precision
 
     def predict(self, tiles: npt.NDArray[np.uint8]) -> Predictions:
@@ -270,7 +275,7 @@ class Ensemble:
             tile_logits(model, tiles, self.how, tta=self.tta, device=self.device, precision=self.precision)
             for model in self.models
         ]
-        return combine(np.stack(logits), temperature=self.temperature)
+        return combine(np.stack(logits), temperature=self.temperature, shift=self.shift)
 
     def scores(self, tiles: npt.NDArray[np.uint8], /) -> Floats:
         """Return P(atypical) (n,) of tiles uint8 (n, S, S, 3)."""
@@ -298,7 +303,7 @@ def write_ensemble(
         files: of `save_trained`, one a fold.
         encoder: as `load_encoder` takes it.
         how: tiles become inputs.
-        scale: temperature and threshold.
+        scale: temperature, shift and threshold.
         tta: views whose logits are averaged.
         precision: of the training, "fp32" or "bf16"; the ensemble answers in it.
         expert: the second encoder of a mixture, likewise; "" where there is none.
@@ -377,6 +382,7 @@ def load_classifier(
         how,
         threshold=scale.threshold,
         temperature=scale.temperature,
+        shift=scale.shift,
         tta=tta,
         device=where,
         precision=precision,

@@ -192,8 +192,8 @@ def _within_words(r: Row) -> str:
     left_out = r["run"]["recipe"]["leave_out"]
     how = f"each {left_out} left out once" if left_out else "folds of whole slides"
     return (
-        f"Each cell predicted by the one model that saw nothing of its slide ({how}); temperature and threshold of a "
-        "fold come from the other folds."
+        f"Each cell predicted by the one model that saw nothing of its slide ({how}); its temperature, shift and "
+        "threshold come from the other folds."
     )
 
 
@@ -201,8 +201,8 @@ def _external_words(r: Row) -> str:
     told = r["threshold"]
     return (
         f"{r['run']['external']}: predicted once by all folds together, at the threshold {told['threshold']:.3f} and "
-        f"the temperature {told['temperature']:.3f} that {told['n']} out-of-fold predictions gave. These cells chose "
-        "nothing."
+        f"the temperature {told['temperature']:.3f} and shift {told['shift']:.3f} that {told['n']} out-of-fold "
+        "predictions gave. These cells chose nothing."
     )
 
 

@@ -290,7 +290,7 @@ def score_store(source: Path, scorer: Scorer, *, out: Path, progress: Progress |
         x = torch.from_numpy(features.x[features.kept].astype(np.float32)).to(scorer.ensemble.device)
         with torch.no_grad():
             logits = np.stack([head(x).reshape(-1).double().cpu().numpy() for head in heads])
-        said = combine(logits, temperature=scorer.ensemble.temperature)
+        said = combine(logits, temperature=scorer.ensemble.temperature, shift=scorer.ensemble.shift)
         dropped += int((~features.kept).sum())
         parts.append(_store_lines(slide_id, features.xy[features.kept], said, scorer.ensemble.threshold))
         if progress is not None:

@@ -1,8 +1,9 @@
 """What out-of-fold and external predictions say: temperature, threshold, metrics by domain, calibration by scanner.
 
 Two thresholds must not be mixed up. The ensemble that is shipped has one, chosen on all out-of-fold predictions. The
-out-of-fold numbers themselves are made with a temperature and a threshold a fold, both from the other folds alone:
-a threshold judged on the predictions it was chosen on flatters itself.
+out-of-fold numbers themselves are made with a temperature, shift and threshold a fold, from the other folds alone: a
+threshold judged on the predictions it was chosen on flatters itself. Ranks are those of the logits: the shift of a fold
+puts it the lower the more atypical cells it has itself, which would lower a pooled AUROC.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from eosin.errors import PredictionsError
-from eosin.evaluation.calibration import TemperatureScaling, reliability
+from eosin.evaluation.calibration import calibration_slope_intercept, reliability
 from eosin.evaluation.metrics import auroc, choose_threshold, sign_warning
 from eosin.evaluation.report import Remark, plain
 from eosin.evaluation.subgroups import calibration_table, pooled_and_domains
 from eosin.finetune.cells import CellTable
 from eosin.finetune.infer import Scale, combine
 
-SCORES = ("auroc", "auprc", "brier")
+RANKED, SCORED = ("auroc", "auprc"), ("brier",)
 CALLS = ("ba", "sensitivity", "specificity")
 RELIABILITY_BINS = 10
 SURE_SHARE = 0.8
@@ -39,7 +40,10 @@ class Evaluated:
 
 
 def fit_scale(label: npt.ArrayLike, logits: npt.ArrayLike) -> Scale:
-    """Return temperature and threshold of least log loss and best balanced accuracy on out-of-fold predictions.
+    """Return temperature and shift of least log loss, and threshold of best balanced accuracy, out of fold.
+
+    Temperature scaling (Guo et al. 2017, section 4.2) with a shift is Platt's: training shows classes as often as each
+    other, and the shift brings P back to the share of atypical cells there is.
 
     Args:
         label: (n,) 1 = atypical.
@@ -51,17 +55,20 @@ def fit_scale(label: npt.ArrayLike, logits: npt.ArrayLike) -> Scale:
     y, x = np.asarray(label, dtype=np.int64), np.asarray(logits, dtype=np.float64)
     if not np.isfinite(x).all():
         raise PredictionsError(f"{int((~np.isfinite(x)).sum())} of {len(x)} cells have no out-of-fold prediction")
-    note, temperature = "", 1.0
-    try:
-        temperature = TemperatureScaling.fit(y, expit(x)).temperature
-    except PredictionsError as error:
-        note = f"no temperature could be fitted, 1 is used: {error}"
-    threshold = choose_threshold(y, expit(x / temperature))
-    return Scale(threshold=threshold, temperature=temperature, n=len(y), note=note)
+    note, temperature, shift = "", 1.0, 0.0
+    found = calibration_slope_intercept(y, expit(x))
+    slope, intercept = found.slope.point, found.joint_intercept.point
+    if slope > 0:
+        temperature, shift = 1 / slope, -intercept / slope
+    else:
+        why = found.slope.note or "the scores rank the classes no better than chance; see that 1 is atypical"
+        note = f"no temperature could be fitted, 1 is used: {why}"
+    threshold = choose_threshold(y, expit((x - shift) / temperature))
+    return Scale(threshold=threshold, temperature=temperature, n=len(y), shift=shift, note=note)
 
 
 def cross_fitted(label: npt.ArrayLike, logits: npt.ArrayLike, fold_of: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Return P(atypical) (n,) and calls (n,) in {0, 1}, each fold's with temperature and threshold of the others.
+    """Return P(atypical) (n,) and calls (n,) in {0, 1}, each fold's with the scale of the others.
 
     Args:
         label: (n,) 1 = atypical.
@@ -73,7 +80,7 @@ def cross_fitted(label: npt.ArrayLike, logits: npt.ArrayLike, fold_of: npt.Array
     for each in np.unique(fold):
         mine = fold == each
         scale = fit_scale(y[~mine], x[~mine])
-        p[mine] = expit(x[mine] / scale.temperature)
+        p[mine] = combine(x[mine], temperature=scale.temperature, shift=scale.shift).p
         calls[mine] = p[mine] >= scale.threshold
     return p, calls
 
@@ -104,26 +111,28 @@ def evaluate(
     if fold_of is not None:
         p, calls = cross_fitted(y, logits[0], fold_of)
     elif scale is not None:
-        p = combine(logits, temperature=scale.temperature).p
+        p = combine(logits, temperature=scale.temperature, shift=scale.shift).p
         calls = (p >= scale.threshold).astype(np.float64)
     else:
         raise PredictionsError("predictions of an ensemble need its threshold and temperature")
     domain = np.where(cells.domain == "", "unknown", cells.domain)
     scanner = np.where(cells.scanner == "", "unknown", cells.scanner)
     how = {"resamples": resamples, "seed": seed}
-    scores = pooled_and_domains(y, p, domain, slides, metrics=SCORES, **how)
+    ranks = expit(logits.mean(0))
+    ranked = pooled_and_domains(y, ranks, domain, slides, metrics=RANKED, **how)
+    scored = pooled_and_domains(y, p, domain, slides, metrics=SCORED, **how)
     called = pooled_and_domains(y, calls, domain, slides, metrics=CALLS, **how)
     sections = {
         "n": len(y),
         "slides": len(np.unique(slides)),
-        "scores": scores,
+        "scores": [*plain(ranked), *plain(scored)],
         "calls": called,
         "calibration": calibration_table(y, p, scanner, slides, **how),
         "reliability": _curves(y, p, scanner),
         "uncertainty": _uncertainty(y, p, calls),
     }
     pooled = next(row["point"] for row in plain(called) if row["scope"] == "pooled" and row["metric"] == "ba")
-    warning = sign_warning(auroc=auroc(y, p), ba=float(pooled))
+    warning = sign_warning(auroc=auroc(y, ranks), ba=float(pooled))
     remarks = (Remark(kind="sign", severity="warning", message=warning),) if warning else ()
     return Evaluated(sections=plain(sections), remarks=remarks)
 

@@ -416,7 +416,8 @@ def _write_files(
     out: Path, given: Data, results: list[FoldResult], scale: Scale, config: FinetuneConfig, report: Report
 ) -> None:
     own = given.own
-    oof = combine(_gather(own, results, "logits")[None], temperature=scale.temperature)
+    how = {"temperature": scale.temperature, "shift": scale.shift}
+    oof = combine(_gather(own, results, "logits")[None], **how)
     fold_name = np.empty(len(own), dtype=object)
     for result in results:
         fold_name[result.fold.test] = result.fold.name
@@ -424,7 +425,7 @@ def _write_files(
     shown, shown_tiles, p, what = own, given.tiles, oof.p, "out of fold"
     if len(given.external):
         logits = np.stack([result.external for result in results])
-        said = combine(logits, temperature=scale.temperature)
+        said = combine(logits, **how)
         table = given.external
         uncertain = {"entropy": said.entropy, "disagreement": said.disagreement, "spread": said.spread}
         _write_csv(out / "external.csv", table, said.p, scale.threshold, **uncertain)

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import expit
 
 from eosin.errors import CheckpointError, CohortError, ConfigError
 from eosin.finetune.cells import TEXT_FIELDS, CellTable
 from eosin.finetune.distil import DistilConfig, Distillation
 from eosin.finetune.folds import Fold
-from eosin.finetune.infer import ENSEMBLE, MODEL, Ensemble, load_classifier, tile_logits
+from eosin.finetune.infer import ENSEMBLE, MODEL, Ensemble, combine, load_classifier, tile_logits
 from eosin.finetune.recipe import FinetuneConfig
 from eosin.finetune.saving import Model, read_saved
 from eosin.finetune.train import Job
@@ -141,7 +140,7 @@ class Teacher:
         rows, one = job.fold.test[:CHECKED], model.models[0]
         tiles, where, precision = job.tiles[rows], model.device, model.precision
         logits = tile_logits(one, tiles, model.how, tta=model.tta, device=where, precision=precision)
-        now = expit(logits / model.temperature)
+        now = combine(logits, temperature=model.temperature, shift=model.shift).p
         kept = self.said["p_atypical"].to_numpy(dtype=np.float64)[rows]
         worst = float(np.abs(now - kept).max())
         if not worst <= TOLERANCE:
