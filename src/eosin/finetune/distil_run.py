@@ -163,7 +163,8 @@ class Said(NamedTuple):
 def out_of_fold(run: Path) -> Said:
     """Return what a run says out of fold, each fold's with the scale and threshold of the others."""
     table = read_predictions(run / OUT_OF_FOLD)
-    logits = logit(table["p_atypical"].to_numpy().clip(_EPS, 1 - _EPS))
+    told = json.loads((run / REPORT).read_text(encoding="utf-8"))["threshold"]
+    logits = logit(table["p_atypical"].to_numpy().clip(_EPS, 1 - _EPS)) * told["temperature"] + told["shift"]
     return Said(*cross_fitted(table["atypical"], logits, table["fold"].to_numpy(dtype=np.str_)), logits)
 
 
