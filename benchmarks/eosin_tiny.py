@@ -5,6 +5,7 @@
     python benchmarks/eosin_tiny.py release RUN                         (the weights of the package, in bfloat16)
     python benchmarks/eosin_tiny.py ablate DATA --tiles TILES           (recipes of docs/, changed one by one)
     python benchmarks/eosin_tiny.py encoders DATA --encoder NAME=FILE_OR_NAME ...
+    python benchmarks/eosin_tiny.py compare DATA --encoder "eosin-tiny, seed 0=eosin-tiny" ...
     python benchmarks/eosin_tiny.py labels DATA --encoder NAME=FILE_OR_NAME ...
     python benchmarks/eosin_tiny.py table                               (writes the tables of docs/eosin-tiny.md)
 
@@ -41,7 +42,7 @@ import eosin
 from end_to_end import machine
 from eosin.cohort import grouped_kfold
 from eosin.encoders.spec import IMAGENET_MEAN, IMAGENET_STD
-from eosin.evaluation.bootstrap import bootstrap
+from eosin.evaluation.bootstrap import bootstrap, paired_difference
 from eosin.evaluation.metrics import make_metrics
 from eosin.heads import KnnHead, LinearProbe
 from eosin.pretrain.config import PretrainConfig, parse_config
@@ -323,6 +324,42 @@ def encoders(data: Path, named: Mapping[str, str]) -> None:
         print(name, *told, round(found["scanner"]["point"], 3), flush=True)
 
 
+def compare(data: Path, named: Mapping[str, str]) -> None:
+    """Say by how much the mean AUROC over the seeds of the first encoder differs from that of each other one.
+
+    "NAME, seed 1" is a seed of NAME.
+    """
+    crops = read_crops(data)
+    own, outside = crops.part(~crops.external), crops.part(crops.external)
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, encoder in named.items():
+        x = features_of(encoder, crops.pixels)
+        inside = x[~crops.external]
+        for kind, head in (("knn", knn), ("linear", linear)):
+            scores = out_of_fold(head, inside, own.label, own.slide)
+            metrics.setdefault(f"{kind}/within", {})[name] = make_metrics(["auroc"], own.label, scores)["auroc"]
+            scores = head(inside, own.label, x[crops.external])
+            metrics.setdefault(f"{kind}/external", {})[name] = make_metrics(["auroc"], outside.label, scores)["auroc"]
+    for test, by in metrics.items():
+        where = own if test.endswith("within") else outside
+        groups: dict[str, list[Any]] = {}
+        for name, metric in by.items():
+            groups.setdefault(name.split(", seed ")[0], []).append(metric)
+        ours, *others = groups
+        for name in others:
+            means = _average(groups[ours]), _average(groups[name])
+            gap = paired_difference(*means, where.slide, y=where.label)
+            keep("compare", f"{name}/{test}", {"seeds": [len(groups[ours]), len(groups[name])], **gap.to_dict()})
+            print(name, test, round(gap.point, 3), round(gap.low, 3), round(gap.high, 3), flush=True)
+
+
+def _average(metrics: Sequence[Any]) -> Any:
+    def metric(weights: Floats) -> Floats:
+        return np.mean([one(weights) for one in metrics], axis=0)
+
+    return metric
+
+
 def labels(data: Path, named: Mapping[str, str]) -> None:
     """Give each way of learning some of the slides' labels; test on atnorm-br."""
     crops = read_crops(data)
@@ -397,7 +434,7 @@ def release(run: Path) -> None:
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("tiles", "release", "ablate", "encoders", "labels"))
+    parser.add_argument("step", choices=("tiles", "release", "ablate", "encoders", "compare", "labels"))
     parser.add_argument("data", type=Path)
     parser.add_argument("--tiles", type=Path, default=Path("tiles"))
     parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME=ENCODER")
@@ -412,6 +449,8 @@ def main() -> None:
         ablate(arguments.data, arguments.tiles.resolve(), arguments.only)
     elif arguments.step == "encoders":
         encoders(arguments.data, named)
+    elif arguments.step == "compare":
+        compare(arguments.data, named)
     else:
         labels(arguments.data, named)
 

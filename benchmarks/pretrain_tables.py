@@ -8,8 +8,14 @@ from typing import Any
 
 Record = dict[str, Any]
 Markdown = Callable[..., str]
-ORDER = ("texture", "untrained", "EfficientNet-Lite0 (ImageNet)", "25 %", "50 %", "eosin-tiny")
+ORDER = ("texture", "untrained", "EfficientNet-Lite0 (ImageNet)", "eosin-tiny", "seed 1", "seed 2")
 CENTRE = ", central 64 px"
+CURVE = {
+    "0 %": ("untrained", "untrained, seed 1", "untrained, seed 2"),
+    "25 %": ("25 %", "seed 1, 25 %", "seed 2, 25 %"),
+    "50 %": ("50 %", "seed 1, 50 %", "seed 2, 50 %"),
+    "100 %": ("eosin-tiny", "seed 1", "seed 2"),
+}
 TESTS = ("within", "across_scanner", "external", "shuffled")
 
 
@@ -66,6 +72,37 @@ def skill(record: Record, markdown: Markdown, origin: Markdown, *, suffix: str =
     return markdown(names, rows)
 
 
+def curve(record: Record, markdown: Markdown, origin: Markdown) -> str:
+    """Mean and range over training seeds of what features tell, by share of the training."""
+    found = record["results"]
+    rows = [
+        (
+            share,
+            len(names),
+            *(
+                _seeds([found[name][head][test]["point"] for name in names])
+                for head in ("knn", "linear")
+                for test in ("within", "external")
+            ),
+            _seeds([found[name]["knn"]["shuffled"]["point"] for name in names]),
+        )
+        for share, names in CURVE.items()
+    ]
+    columns = ("of 1,200 steps", "seeds", "kNN within", "kNN external", "linear within", "linear external")
+    return markdown((*columns, "kNN shuffled"), rows)
+
+
+def compare(record: Record, markdown: Markdown, origin: Markdown) -> str:
+    """Mean over training seeds minus each other encoder, on the same resampled slides."""
+    found: dict[str, dict[str, str]] = {}
+    for key, one in record["results"].items():
+        name, head, test = key.split("/")
+        found.setdefault(name, {})[f"{head}/{test}"] = f"{one['point']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+    tests = ("knn/within", "knn/external", "linear/within", "linear/external")
+    rows = [(name, *(by[test] for test in tests)) for name, by in found.items()]
+    return markdown(("minus", "kNN within", "kNN external", "linear within", "linear external"), rows)
+
+
 def centre(record: Record, markdown: Markdown, origin: Markdown) -> str:
     """The same for the middle of each crop."""
     return skill(record, markdown, origin, suffix=CENTRE)
@@ -74,12 +111,13 @@ def centre(record: Record, markdown: Markdown, origin: Markdown) -> str:
 def camelyon(record: Record, markdown: Markdown, origin: Markdown) -> str:
     """The smoke test on camelyon16."""
     found = record["results"]
-    rows = [(name, one["tiles"], one["slides"], f"{one['accuracy']:.3f}") for name, one in found.items()]
+    shown = {name: one for name, one in found.items() if "," not in name and "%" not in name}
+    rows = [(name, one["tiles"], one["slides"], f"{one['accuracy']:.3f}") for name, one in shown.items()]
     return markdown(("encoder", "tiles", "slides", "accuracy, neighbours of other slides"), rows)
 
 
 def ablations(record: Record, markdown: Markdown, origin: Markdown) -> str:
-    """Mean and range over seeds of each variant of the small recipe."""
+    """Mean and range over seeds of each variant of a recipe."""
     found: dict[str, list[Record]] = {}
     for key, one in record["results"].items():
         found.setdefault(key.rsplit("/", 1)[0], []).append(one)
@@ -91,9 +129,21 @@ def ablations(record: Record, markdown: Markdown, origin: Markdown) -> str:
             for test in ("within", "external")
         ]
         shuffled = _seeds([one["knn"]["shuffled"]["point"] for one in seeds])
-        rows.append((name, len(seeds), *cells, shuffled, _seeds([one["scanner"]["point"] for one in seeds])))
-    columns = ("variant", "seeds", "kNN within", "kNN external", "linear within", "linear external", "kNN shuffled")
-    return markdown((*columns, "scanner told"), rows)
+        spread = [
+            _seeds([one["monitors"][what] for one in seeds], digits) for what, digits in (("cosine", 2), ("rankme", 1))
+        ]
+        rows.append((name, len(seeds), *spread, *cells, shuffled, _seeds([one["scanner"]["point"] for one in seeds])))
+    columns = (
+        "variant",
+        "seeds",
+        "mean cosine",
+        "RankMe",
+        "kNN within",
+        "kNN external",
+        "linear within",
+        "linear external",
+    )
+    return markdown((*columns, "kNN shuffled", "scanner told"), rows)
 
 
 def labels(record: Record, markdown: Markdown, origin: Markdown) -> str:
@@ -116,8 +166,10 @@ def _interval(one: Record) -> str:
     return f"{one['point']:.3f} ({one['low']:.3f}-{one['high']:.3f})"
 
 
-def _seeds(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+def _seeds(values: Sequence[float], digits: int = 3) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def _span(values: Sequence[float], digits: int) -> str:

@@ -338,6 +338,8 @@ TABLES: dict[str, Table] = {
     "views": Table(("views",), _pretrain("views")),
     "sampling": Table(("sampling",), _pretrain("sampling")),
     "tiny-skill": Table(("eosin_tiny/encoders",), _pretrain("skill")),
+    "tiny-curve": Table(("eosin_tiny/encoders",), _pretrain("curve")),
+    "tiny-compare": Table(("eosin_tiny/compare",), _pretrain("compare")),
     "tiny-centre": Table(("eosin_tiny/encoders",), _pretrain("centre")),
     "tiny-camelyon": Table(("eosin_tiny/camelyon16",), _pretrain("camelyon")),
     "tiny-ablations": Table(("eosin_tiny/ablations",), _pretrain("ablations")),

@@ -89,7 +89,7 @@ def _shares(text: str) -> Shares:
 
 
 def _page(one: Review, out: Path, picture: Any, size: int, parts: Shares) -> None:
-    from eosin.features.pipeline import write_durably
+    from eosin.features.writer import write_durably
     from eosin.tasks.review_page import queue_page
 
     if not one.pending():

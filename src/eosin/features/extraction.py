@@ -26,9 +26,10 @@ import orjson
 
 from eosin.errors import CohortError
 from eosin.features.jobs import Job, find_jobs, shard_jobs
-from eosin.features.pipeline import STAIN_SAMPLE, Extraction, Normaliser, Pixels, Status, TileEncoder, write_durably
+from eosin.features.pipeline import STAIN_SAMPLE, Extraction, Normaliser, Pixels, Status, TileEncoder
 from eosin.features.readers import ReaderPool
 from eosin.features.store import FeatureStore, Recipe
+from eosin.features.writer import write_durably
 from eosin.slides import Slide
 from eosin.slides.footprint import FILTER
 from eosin.tiles import TileGrid, TileSpec

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -20,7 +19,7 @@ from eosin.errors import CorruptSlideError, EosinError, NonFiniteError, NoTissue
 from eosin.features.jobs import Job
 from eosin.features.readers import ReaderPool, ReaderState, Ticket, read_tiles
 from eosin.features.store import FeatureStore, SlideWriter
-from eosin.features.writer import replace_durably
+from eosin.features.writer import write_durably
 from eosin.tiles import TileGrid, TileSpec, TissueMask, plan_tiles
 from eosin.tiles.qc import neighbours, reject_reason
 
@@ -37,17 +36,6 @@ WRITES_AHEAD = 4
 Pixels = npt.NDArray[np.uint8]
 # (n, H, W, 3) tiles -> tiles in the target's stains, and which of them had to stay as they were.
 Normaliser = Callable[[Pixels], tuple[Pixels, npt.NDArray[np.bool_]]]
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name in the same folder, fsync, and rename."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(content)
-        replace_durably(temporary, path)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}") from error
 
 
 class TileEncoder(Protocol):

@@ -84,6 +84,24 @@ def replace_durably(temporary: Path, target: Path) -> None:
     fsync_folder(target.parent)
 
 
+def write_durably(path: Path, content: bytes) -> Path:
+    """Write a file that appears whole or not at all: under a temporary name in its folder, fsync, and rename.
+
+    Returns its path.
+
+    Raises:
+        StoreError: the disk or the folder refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(content)
+        replace_durably(temporary, path)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error}") from error
+    return path
+
+
 def disk_error(error: OSError, path: Path) -> OSError:
     """Return a `StoreError` naming the free space if `error` says the disk is full, else `error`.
 

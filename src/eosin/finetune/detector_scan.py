@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eosin.errors import NonFiniteError, NoTissueError
-from eosin.features.writer import replace_durably
+from eosin.features.writer import write_durably
 from eosin.finetune.cascade import DRAWN_UM, per_mm2
 from eosin.finetune.detections import Detections, detections
 from eosin.finetune.detector import peaks
@@ -229,9 +229,7 @@ def detect_slide(
     path = out / f"{name}.geojson"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_figures(path, found, mpp=slide.mpp)
-    draft = out / f"{name}.json.part"
-    draft.write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
-    replace_durably(draft, out / f"{name}.json")
+    write_durably(out / f"{name}.json", orjson.dumps(told, option=orjson.OPT_INDENT_2))
     return told
 
 

@@ -27,7 +27,7 @@ from eosin.encoders.spec import EncoderSpec, check_side
 from eosin.errors import CheckpointError, CohortError, ConfigError, NonFiniteError, WeightsError
 from eosin.evaluation.bootstrap import bootstrap
 from eosin.evaluation.interval import Interval
-from eosin.features.writer import replace_durably
+from eosin.features.writer import replace_durably, write_durably
 from eosin.finetune.adapters import AdaptConfig
 from eosin.finetune.detections import Detections
 from eosin.finetune.detector import Detector, heat_loss, heat_target
@@ -377,9 +377,7 @@ def train_detector(
     report = _report(pictures, judged, config, encoder, notes) | {"loss": tails}
     out.mkdir(parents=True, exist_ok=True)
     save_detector(out, states, config, spec=source.spec, encoder=encoder, threshold=judged.threshold)
-    draft = out / f".{REPORT}.part"
-    draft.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    replace_durably(draft, out / REPORT)
+    write_durably(out / REPORT, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     return report
 
 

@@ -24,13 +24,14 @@ from eosin.errors import CohortError
 from eosin.evaluation.bootstrap import bootstrap, paired_difference
 from eosin.evaluation.metrics import make_metrics
 from eosin.evaluation.report import Report, plain
+from eosin.features.writer import write_durably
 from eosin.finetune.cells import CellTable, read_tiles
 from eosin.finetune.distil import DistilConfig
 from eosin.finetune.folds import plan_folds
 from eosin.finetune.page import number, page, with_interval
 from eosin.finetune.recipe import FinetuneConfig
 from eosin.finetune.results import cross_fitted
-from eosin.finetune.run import PAGE, REPORT, RESAMPLES, SHEET, finetune, split_external, write
+from eosin.finetune.run import PAGE, REPORT, RESAMPLES, SHEET, finetune, split_external
 from eosin.finetune.tables import COLUMN_NAMES, PICTURES, read_table
 from eosin.finetune.teacher import OUT_OF_FOLD, apart, read_predictions, read_teacher
 from eosin.finetune.train import Status
@@ -99,8 +100,10 @@ def distil(
         section = compare(runs, own, external, resamples=resamples, seed=settled.seed)
         whole = replace(report, sections={**report.sections, "distillation": section})
         if rank() == 0:
-            write(out / REPORT, whole.to_json().encode())
-            write(out / PAGE, page(whole, sheet=(out / SHEET).read_bytes(), first=[block(whole.sections)]).encode())
+            write_durably(out / REPORT, whole.to_json().encode())
+            write_durably(
+                out / PAGE, page(whole, sheet=(out / SHEET).read_bytes(), first=[block(whole.sections)]).encode()
+            )
     return whole
 
 

@@ -26,7 +26,7 @@ from eosin.encoders.encoder import Encoder
 from eosin.encoders.spec import EncoderSpec
 from eosin.encoders.weights import SUFFIXES
 from eosin.errors import CheckpointError, ConfigError, GeometryError, NonFiniteError
-from eosin.features.writer import replace_durably
+from eosin.features.writer import replace_durably, write_durably
 from eosin.finetune.recipe import Tta
 from eosin.finetune.saving import load_trained
 
@@ -323,9 +323,7 @@ def write_ensemble(
         "precision": precision,
         "score": "P(atypical)",
     }
-    draft = folder / f".{ENSEMBLE}.part"
-    draft.write_text(json.dumps(told, indent=1, allow_nan=False), encoding="utf-8")
-    replace_durably(draft, folder / ENSEMBLE)
+    write_durably(folder / ENSEMBLE, json.dumps(told, indent=1, allow_nan=False).encode())
     return folder
 
 

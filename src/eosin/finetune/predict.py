@@ -19,7 +19,7 @@ import torch
 from eosin.cohort.reading import read_cells, squeeze
 from eosin.errors import CheckpointError, CohortError, ConfigError, EosinError, GeometryError, StoreMismatchError
 from eosin.features.store import FeatureStore
-from eosin.features.writer import replace_durably
+from eosin.features.writer import write_durably
 from eosin.finetune.aliases import class_of
 from eosin.finetune.cells import TILE_MPP, CellTable, Texts, read_tile
 from eosin.finetune.classifier import Classifier
@@ -213,9 +213,9 @@ def score_crops(source: Path, scorer: Scorer, *, out: Path, progress: Progress |
     table = pd.DataFrame({"file": crops.file, **told, **columns})
     table.insert(table.columns.get_loc("p_atypical") + 1, "call", _calls(columns["p_atypical"], threshold))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
     table["error"] = [str(failed.get(name, "")) for name in crops.file.tolist()]
-    files = [write_whole(out / TABLE, table.to_csv(index=False).encode())]
+    files = [write_durably(out / TABLE, table.to_csv(index=False).encode())]
     if crops.labelled:
-        files.append(write_whole(out / SHEET, _sheet(crops, columns["p_atypical"], threshold)))
+        files.append(write_durably(out / SHEET, _sheet(crops, columns["p_atypical"], threshold)))
     return Scored(
         table=table,
         failed={name: str(error) for name, error in failed.items()},
@@ -307,7 +307,7 @@ def score_store(source: Path, scorer: Scorer, *, out: Path, progress: Progress |
             f"the features were made in {recipe.precision} and kept as {recipe.dtype}, and the model answers pixels in "
             f"{scorer.ensemble.precision}: the last digits of P differ"
         )
-    file = write_whole(out / TABLE, table.to_csv(index=False).encode())
+    file = write_durably(out / TABLE, table.to_csv(index=False).encode())
     return Scored(
         table=table, failed={name: str(error) for name, error in failed.items()}, notes=tuple(notes), files=(file,)
     )
@@ -368,12 +368,3 @@ def _unlike(ensemble: Ensemble, store: FeatureStore) -> Iterator[str]:
         yield "icc: the store's colours went through the slides' profiles, the model's did not"
     if ensemble.tta != "none":
         yield f"views: the model averages {ensemble.tta}, features are of one view; --tta none asks for one"
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file that appears whole or not at all, and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_bytes(content)
-    replace_durably(draft, path)
-    return path

@@ -14,9 +14,10 @@ from shapely import union_all
 from shapely.geometry import MultiPolygon, Polygon
 
 from eosin.errors import CohortError, ConfigError, EosinError, GeometryError, closest
+from eosin.features.writer import write_durably
 from eosin.finetune.cascade import count_atypical
 from eosin.finetune.detections import read_detections
-from eosin.finetune.predict import Progress, Scored, Scorer, write_whole
+from eosin.finetune.predict import Progress, Scored, Scorer
 from eosin.slides import open_slide
 from eosin.slides.find import find_slides
 from eosin.slides.fingerprint import fingerprint_path
@@ -165,7 +166,7 @@ def score_slides(
         table=table,
         failed=failed,
         notes=tuple(notes),
-        files=(write_whole(out / SLIDES, table.to_csv(index=False).encode()),),
+        files=(write_durably(out / SLIDES, table.to_csv(index=False).encode()),),
     )
 
 
@@ -207,7 +208,7 @@ def _one(job: _Job, scorer: Scorer, out: Path) -> tuple[Mapping[str, Any], bool]
             slide, points, scorer.ensemble, out=folder, threshold=scorer.ensemble.threshold, region=region
         )
     told = {**counts, "made_from": identity}
-    write_whole(record, json.dumps(told, indent=2, allow_nan=False).encode())
+    write_durably(record, json.dumps(told, indent=2, allow_nan=False).encode())
     return told, False
 
 

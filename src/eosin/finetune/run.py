@@ -22,7 +22,7 @@ from eosin.encoders.encoder import Encoder
 from eosin.encoders.ranks import on_ranks, rank, wait_for_all
 from eosin.errors import CohortError, ConfigError, LabelError, closest
 from eosin.evaluation.report import Remark, Report, plain, provenance
-from eosin.features.writer import replace_durably
+from eosin.features.writer import write_durably
 from eosin.finetune.adapters import AdaptConfig
 from eosin.finetune.cells import TEXT_FIELDS, CellTable, domain_counts, read_tiles
 from eosin.finetune.classifier import Classifier
@@ -431,25 +431,17 @@ def _write_files(
         _write_csv(out / "external.csv", table, said.p, scale.threshold, **uncertain)
         shown, shown_tiles, p, what = table, given.external_tiles, said.p, "external cells"
     title = f"{config.recipe}: {what}, {len(shown)} cells"
-    write(out / SHEET, draw_sheet(shown, shown_tiles, p, threshold=scale.threshold, title=title))
-    write(out / CURVES, draw_curves(report.sections["folds"], "png"))
-    write(out / REPORT, report.to_json().encode())
-    write(out / PAGE, page(report, sheet=(out / SHEET).read_bytes()).encode())
+    write_durably(out / SHEET, draw_sheet(shown, shown_tiles, p, threshold=scale.threshold, title=title))
+    write_durably(out / CURVES, draw_curves(report.sections["folds"], "png"))
+    write_durably(out / REPORT, report.to_json().encode())
+    write_durably(out / PAGE, page(report, sheet=(out / SHEET).read_bytes()).encode())
 
 
 def _write_csv(path: Path, cells: CellTable, p: npt.NDArray[np.float64], threshold: float, **more: Any) -> None:
     columns = {name: getattr(cells, name) for name in ("file", "dataset", "slide_id", "scanner", "domain")}
     table = pd.DataFrame({**columns, "atypical": cells.label, "p_atypical": p, "called": p >= threshold, **more})
-    write(path, table.to_csv(index=False).encode())
+    write_durably(path, table.to_csv(index=False).encode())
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write(path, json.dumps(value, indent=1, allow_nan=False).encode())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_bytes(content)
-    replace_durably(draft, path)
+    write_durably(path, json.dumps(value, indent=1, allow_nan=False).encode())

@@ -16,7 +16,7 @@ import torch
 
 from eosin.encoders.ranks import all_reduce_, any_rank, on_ranks, rank, world_size
 from eosin.errors import ConfigError, EosinError
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.pretrain import checkpoint, contact, engine, held_out, inputs, parallel, pretrain_page, watch
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.engine import Engine, Stepped

@@ -17,8 +17,8 @@ from typing import Any
 from eosin.encoders import load_encoder
 from eosin.errors import SlideError, WeightsUnavailableError
 from eosin.features.extraction import TileEncoder, run
-from eosin.features.pipeline import write_durably
 from eosin.features.store import FeatureStore
+from eosin.features.writer import write_durably
 from eosin.slides import open_slide
 from eosin.tasks.report import slide_page
 from eosin.tasks.search_demo import search_picture

@@ -26,7 +26,7 @@ from eosin.errors import QueryError
 from eosin.evaluation.bootstrap import Metric, bootstrap
 from eosin.evaluation.report import Remark, Report, plain, provenance
 from eosin.evaluation.weighted import mean_metric
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.retrieval import measures
 from eosin.retrieval.cases import AGGREGATORS, Aggregator, CaseSettings
 from eosin.retrieval.measures import NONE

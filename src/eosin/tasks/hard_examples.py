@@ -18,7 +18,7 @@ from eosin.cohort import Cohort, read_cohort
 from eosin.cohort.reading import read_cells
 from eosin.errors import PredictionsError
 from eosin.evaluation.report import Remark, Report, plain, provenance
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.tasks.hard_judge import AGREEMENT, ALPHA, VERDICTS, Judged, K, judge_errors
 from eosin.tasks.hard_page import hard_page, sample_pictures
 from eosin.tasks.predictions import ValidationSettings, read_predictions

@@ -20,7 +20,7 @@ from eosin.cohort.pins import load_splits, save_splits
 from eosin.errors import CohortError, LabelError
 from eosin.evaluation.comparisons import holm
 from eosin.evaluation.report import Remark, Report, plain, provenance
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.tasks import probe_measures as measure
 from eosin.tasks.predictions import TEST, TUNE, ValidationSettings
 from eosin.tasks.probe_fit import evaluate, fit_probe

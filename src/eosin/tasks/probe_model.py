@@ -16,7 +16,7 @@ from scipy.special import expit
 from eosin.cohort.splits import grouped_kfold
 from eosin.errors import CohortError, LabelError, StoreError, closest
 from eosin.evaluation.metrics import choose_threshold
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.heads import KnnHead, LinearProbe, PrototypeHead, SgdProbe
 from eosin.heads.logistic import logistic_path
 from eosin.tasks.predictions import KNOWN_PAIRS

@@ -20,7 +20,7 @@ import pandas as pd
 import shapely
 
 from eosin.errors import QueryError, StoreError
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.retrieval.propagate import PROPAGATED, Propagation, Spread, knn_graph, propagate
 from eosin.tasks.review import check_pool
 from eosin.tasks.review_pool import Pool

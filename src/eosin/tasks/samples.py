@@ -19,8 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from eosin.cohort.reading import row_phrase
 from eosin.cohort.table import Cohort
 from eosin.errors import CohortError, NonFiniteError, StoreCorruptError, StoreError
-from eosin.features.pipeline import write_durably
 from eosin.features.store import Features, FeatureStore
+from eosin.features.writer import write_durably
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]

@@ -14,7 +14,7 @@ import orjson
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from eosin.errors import EosinError, QueryError
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.retrieval.cases import Case, CaseResult, CaseSettings, find_cases
 from eosin.retrieval.engines import open_index
 from eosin.retrieval.examples import Example, footprint

@@ -12,7 +12,7 @@ import orjson
 import shapely
 from PIL import Image, ImageDraw, ImageFont
 
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.retrieval.examples import Example, footprint
 from eosin.retrieval.filters import describe
 from eosin.retrieval.queries import SearchResult

@@ -14,9 +14,9 @@ from typing import Any
 
 from eosin.errors import IndexCorruptError, IndexMismatchError, StoreCorruptError
 from eosin.features.jobs import find_jobs
-from eosin.features.pipeline import write_durably
 from eosin.features.recipe import Recipe
 from eosin.features.store import FeatureStore
+from eosin.features.writer import write_durably
 from eosin.retrieval.engines import is_url
 from eosin.tasks.search_pictures import SlideFile
 

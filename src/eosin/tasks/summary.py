@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from eosin.errors import StoreCorruptError
-from eosin.features.pipeline import write_durably
 from eosin.features.store import FeatureStore
+from eosin.features.writer import write_durably
 from eosin.tiles.qc import REASONS
 
 COUNTS = ("tiles", "kept", "background", "unreadable")

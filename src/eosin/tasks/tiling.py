@@ -12,8 +12,9 @@ import orjson
 
 from eosin.errors import EosinError
 from eosin.features.jobs import Job
-from eosin.features.pipeline import SlidePlan, plan_slide, write_durably
+from eosin.features.pipeline import SlidePlan, plan_slide
 from eosin.features.readers import ReaderPool, ReaderState
+from eosin.features.writer import write_durably
 from eosin.tasks.pictures import draw_tiles, jpeg_bytes
 from eosin.tiles import TileGrid, TileSpec
 

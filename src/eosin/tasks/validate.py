@@ -13,7 +13,7 @@ import orjson
 from PIL import Image, UnidentifiedImageError
 
 from eosin.evaluation.report import Remark, Report, plain, provenance
-from eosin.features.pipeline import write_durably
+from eosin.features.writer import write_durably
 from eosin.tasks import validation_compare as compare
 from eosin.tasks import validation_sections as section
 from eosin.tasks.checklists import CHECKLISTS, checklist_page
