@@ -39,7 +39,8 @@ from eosin.evaluation.bootstrap import bootstrap
 from eosin.finetune.detections import Detections
 from eosin.finetune.detector import Detector
 from eosin.finetune.detector_data import Picture, read_pictures
-from eosin.finetune.detector_train import DetectConfig, TrainedDetector, held_out, judge, plan_folds, train_fold
+from eosin.finetune.detector_files import DetectConfig, TrainedDetector
+from eosin.finetune.detector_train import held_out, judge, plan_folds, train_fold
 from eosin.finetune.joins import read_boxes
 from eosin.finetune.matching import f1_metric
 from marked import fill

@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectgen import paint, picture, scatter, write_boxes, write_set
 from PIL import Image
+from safetensors.torch import load_file
 from small_vits import dinov2
 from traingen import write_encoder
 
@@ -25,21 +26,14 @@ from eosin.errors import (
     NonFiniteError,
     WeightsError,
 )
+from eosin.finetune import detector_train
 from eosin.finetune.adapters import AdaptConfig
 from eosin.finetune.detections import detections
 from eosin.finetune.detector import Detector
 from eosin.finetune.detector_data import Windows, read_pictures, turn
+from eosin.finetune.detector_files import DetectConfig, TrainedDetector, load_detector
 from eosin.finetune.detector_scan import find
-from eosin.finetune.detector_train import (
-    DetectConfig,
-    TrainedDetector,
-    held_out,
-    judge,
-    load_detector,
-    plan_folds,
-    train_detector,
-    train_fold,
-)
+from eosin.finetune.detector_train import held_out, judge, plan_folds, train_detector, train_fold
 from eosin.finetune.joins import read_boxes
 from eosin.finetune.matching import count
 
@@ -249,6 +243,33 @@ def test_a_saved_detector_answers_bit_for_bit(tmp_path: Path, mode: str) -> None
     found = [held_out(alone[at], [one])[0] for one, at in zip(pictures, fold.tolist(), strict=True)]
     assert judge(pictures, found, fold).counts.tp == report["tp"]
     assert judge(pictures, found, fold).counts.fp == report["fp"]
+
+
+def test_a_stopped_run_goes_on_after_its_last_whole_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, images = write_set(tmp_path)
+    encoder, config = str(write_encoder(tmp_path / "tiny.safetensors")), DetectConfig(**QUICK)
+    whole = train_detector(data, images, encoder, config, out=tmp_path / "whole", device="cpu")
+    trained: list[int] = []
+
+    def stop(model: Detector, pictures: list, config: DetectConfig, *, fold: int, progress: None) -> list[float]:
+        if fold in stops:
+            raise KeyboardInterrupt
+        trained.append(fold)
+        return train_fold(model, pictures, config, fold=fold, progress=progress)
+
+    stops = [1]
+    monkeypatch.setattr(detector_train, "train_fold", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(data, images, encoder, config, out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "detector.json").exists()
+    stops.clear()
+    assert train_detector(data, images, encoder, config, out=tmp_path / "out", device="cpu") == whole
+    assert trained == [0, 1]
+    ours, theirs = (load_file(tmp_path / name / "detector.safetensors") for name in ("out", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    with pytest.raises(CheckpointError, match="is of another recipe, encoder or pictures"):
+        train_detector(data, images, encoder, replace(config, seed=1), out=tmp_path / "out", device="cpu")
 
 
 def test_a_detector_of_another_encoder_is_refused(tmp_path: Path) -> None:

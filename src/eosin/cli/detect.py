@@ -14,7 +14,8 @@ from eosin.cli.options import Inputs, Json, Masks, SlideMpp, print_json, print_t
 
 if TYPE_CHECKING:
     from eosin.features.jobs import Job
-    from eosin.finetune.detector_train import Step, TrainedDetector
+    from eosin.finetune.detector_files import TrainedDetector
+    from eosin.finetune.detector_train import Step
 
 app = typer.Typer(help="Find mitotic figures: train a detector on boxes, run it on slides.", no_args_is_help=True)
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; what is there is replaced.")]
@@ -41,7 +42,8 @@ def train(
 ) -> None:
     """Train a detector on boxes: folds of whole slides, a threshold out of fold, F1 by the MIDOG rule."""
     from eosin.finetune.adapters import AdaptConfig
-    from eosin.finetune.detector_train import DetectConfig, train_detector
+    from eosin.finetune.detector_files import DetectConfig
+    from eosin.finetune.detector_train import train_detector
 
     adapt = AdaptConfig(mode=mode)  # type: ignore[arg-type]
     given: dict[str, Any] = {"steps": steps, "batch": batch, "lr": lr, "folds": folds, "seed": seed}
@@ -74,7 +76,7 @@ def run(
 ) -> None:
     """Find the mitotic figures of slides: per slide a GeoJSON for QuPath, and a count per mm² of tissue."""
     from eosin.features.jobs import find_jobs
-    from eosin.finetune.detector_train import load_detector
+    from eosin.finetune.detector_files import load_detector
 
     jobs = find_jobs(inputs, slide_mpp=slide_mpp, masks=masks)
     detector = load_detector(model, device=device, encoder=encoder)

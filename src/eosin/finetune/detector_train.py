@@ -6,11 +6,11 @@ choose the threshold and nothing else, and each fold's F1 is counted at the thre
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,18 +20,16 @@ import torch
 from torch import Tensor
 
 from eosin.cohort.balance import assign_groups
-from eosin.encoders import load_encoder
-from eosin.encoders.checkpoints import hash_tensors
-from eosin.encoders.encoder import Encoder
 from eosin.encoders.spec import EncoderSpec, check_side
-from eosin.errors import CheckpointError, CohortError, ConfigError, NonFiniteError, WeightsError
+from eosin.errors import CheckpointError, CohortError, NonFiniteError
 from eosin.evaluation.bootstrap import bootstrap
 from eosin.evaluation.interval import Interval
-from eosin.features.writer import replace_durably, write_durably
-from eosin.finetune.adapters import AdaptConfig
+from eosin.features.recipe import canonical_json
+from eosin.features.writer import write_durably
 from eosin.finetune.detections import Detections
 from eosin.finetune.detector import Detector, heat_loss, heat_target
 from eosin.finetune.detector_data import Picture, Windows, read_pictures
+from eosin.finetune.detector_files import DetectConfig, TrainedDetector, save_detector, torch_encoder, window_images
 from eosin.finetune.detector_scan import HeatMaker, find
 from eosin.finetune.joins import read_boxes
 from eosin.finetune.matching import Counts, SlideDetections, count_slides, f1_metric, pooled
@@ -40,70 +38,12 @@ from eosin.finetune.saving import load_trained_state, trained_state
 from eosin.finetune.train import schedule
 from eosin.version import __version__
 
-FILE = "detector.safetensors"
 REPORT = "detector.json"
-VERSION = 1
 # Thresholds that are tried: scores are not surer than that.
 STEPS = np.arange(1, 100) / 100
 FEW_SLIDES = 20
 # Between two pictures of one slide while they are counted: a metre, wider than any.
 APART_UM = 1e6
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DetectConfig:
-    """How a detector is trained.
-
-    Attributes:
-        adapt: what of the encoder trains; by default nothing.
-        window_px: side of the windows, in training and in use.
-        mpp: microns per pixel of the windows.
-        sigma_um: of a figure's bump.
-        width: channels of the head.
-        steps: of the optimiser, a fold.
-        batch: windows a step.
-        lr: peak learning rate.
-        weight_decay: of matrices.
-        warmup: share of the steps.
-        clip: largest norm of the gradient.
-        figure_share: share of windows that hold a figure.
-        lookalike_share: share of windows that hold a hard negative.
-        folds: of whole slides.
-        seed: of every draw.
-    """
-
-    adapt: AdaptConfig = field(default_factory=lambda: AdaptConfig(mode="head"))
-    window_px: int = 224
-    mpp: float = 0.25
-    sigma_um: float = 2.0
-    width: int = 64
-    steps: int = 1000
-    batch: int = 32
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    clip: float = 1.0
-    figure_share: float = 0.5
-    lookalike_share: float = 0.25
-    folds: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: one is out of range.
-        """
-        for name in ("window_px", "mpp", "sigma_um", "width", "steps", "batch", "lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.folds < 2:
-            raise ConfigError(f"folds is {self.folds}; two are needed to choose a threshold out of fold")
-        if min(self.figure_share, self.lookalike_share) < 0 or self.figure_share + self.lookalike_share > 1:
-            raise ConfigError(
-                f"figure_share {self.figure_share:g} and lookalike_share {self.lookalike_share:g} are shares of the "
-                "windows: at least 0, together at most 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,37 +74,6 @@ class Judged:
     slide_counts: npt.NDArray[np.int64]
     f1: Interval
     fold_thresholds: tuple[float, ...]
-
-
-class TrainedDetector:
-    """Detectors of several folds whose logits are averaged; see `detector_scan.find`.
-
-    Attributes:
-        models: one a fold.
-        window_px, mpp: of the windows.
-        threshold: chosen out of fold.
-    """
-
-    def __init__(self, models: Sequence[Detector], *, window_px: int, mpp: float, threshold: float) -> None:
-        """Keep the models, ready for use."""
-        self.models = tuple(model.eval() for model in models)
-        self.window_px, self.mpp, self.threshold = window_px, mpp, threshold
-
-    def heat(self, tiles: npt.NDArray[np.uint8]) -> Tensor:
-        """Return the mean logits (B, h, w) of windows uint8 (B, window_px, window_px, 3)."""
-        images = _inputs(self.models[0], tiles)
-        if all(model.backbone is self.models[0].backbone for model in self.models):
-            tokens = self.models[0].tokens(images)
-            return torch.stack([model.head(tokens).squeeze(1) for model in self.models]).mean(0)
-        return torch.stack([model(images) for model in self.models]).mean(0)
-
-
-def _inputs(model: Detector, tiles: npt.NDArray[np.uint8]) -> Tensor:
-    """Return windows uint8 (B, S, S, 3) as the model's normalised images (B, 3, S, S)."""
-    device = next(model.parameters()).device
-    images = torch.from_numpy(np.ascontiguousarray(tiles)).to(device).permute(0, 3, 1, 2).float()
-    mean, std = (torch.tensor(part, device=device)[:, None, None] * 255 for part in (model.spec.mean, model.spec.std))
-    return ((images - mean) / std).contiguous()
 
 
 def train_fold(
@@ -230,7 +139,7 @@ def _step(
     words = np.random.SeedSequence((config.seed, *at)).generate_state(2, np.uint64)
     torch.manual_seed(int(words[0] >> 1))
     tiles, points, names = drawn.draw(config.batch, np.random.default_rng(int(words[1])))
-    logits = model(_inputs(model, tiles))
+    logits = model(window_images(model, tiles))
     sigma_px = config.sigma_um / config.mpp
     grid = (logits.shape[1], logits.shape[2])
     targets = [heat_target(one, grid, stride_px=model.stride_px, sigma_px=sigma_px) for one in points]
@@ -336,7 +245,8 @@ def train_detector(
 ) -> dict[str, Any]:
     """Train a detector on boxes, choose its threshold out of fold, write both to a folder, and return the report.
 
-    `detector.safetensors` is the model, `detector.json` what is returned.
+    `detector.safetensors` is the model, `detector.json` what is returned. A run that was stopped goes on in its folder,
+    after the last fold that it finished.
 
     Args:
         data: boxes, in the form of `MIDOG++.json`.
@@ -353,21 +263,27 @@ def train_detector(
         LabelError: no mitotic figure on the pictures.
         GeometryError: windows that the encoder does not take, or that do not suit the pictures.
         NonFiniteError: training ran away.
+        CheckpointError: the folder holds a fold of another run, or a damaged one.
     """
     pictures, notes = read_pictures(read_boxes(data), images, slide_mpp=slide_mpp)
     fold = plan_folds(pictures, folds=config.folds, seed=config.seed)
-    source = _encoder(encoder, device)
+    source = torch_encoder(encoder, device)
     check_side(source.spec, config.window_px)
     states: list[dict[str, Tensor]] = []
     found: list[Detections | None] = [None] * len(pictures)
     tails: list[float] = []
     for at in range(config.folds):
         if at and config.adapt.mode != "head":
-            source = _encoder(encoder, device)
+            source = torch_encoder(encoder, device)
         model = Detector(source.backbone, config.adapt, width=config.width, seed=config.seed + at)
         train = [picture for picture, one in zip(pictures, fold.tolist(), strict=True) if one != at]
-        losses = train_fold(model, train, config, fold=at, progress=progress)
-        tails.append(float(np.mean(losses[-max(1, len(losses) // 10) :])))
+        kept, identity = out / "folds" / f"{at + 1:02d}.safetensors", _identity(at, train, config, source.spec)
+        if kept.is_file():
+            tails.append(_take_up(model, kept, identity))
+        else:
+            losses = train_fold(model, train, config, fold=at, progress=progress)
+            tails.append(float(np.mean(losses[-max(1, len(losses) // 10) :])))
+            save_state(kept, _state(model), {"identity": identity, "loss": tails[-1]})
         maker = TrainedDetector([model], window_px=config.window_px, mpp=config.mpp, threshold=0.0)
         rows = np.flatnonzero(fold == at)
         for row, one in zip(rows.tolist(), held_out(maker, [pictures[row] for row in rows]), strict=True):
@@ -379,13 +295,6 @@ def train_detector(
     save_detector(out, states, config, spec=source.spec, encoder=encoder, threshold=judged.threshold)
     write_durably(out / REPORT, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     return report
-
-
-def _encoder(name: str, device: str) -> Encoder:
-    loaded = load_encoder(name, device=device, precision="fp32", backend="torch")
-    if not isinstance(loaded, Encoder):
-        raise ConfigError(f"{name} gives no patch tokens to find cells on; choose a vision transformer")
-    return loaded
 
 
 def _report(
@@ -419,100 +328,27 @@ def _report(
     }
 
 
+def _identity(fold: int, pictures: Sequence[Picture], config: DetectConfig, spec: EncoderSpec) -> str:
+    """Return a hash of all that decides what a fold learns."""
+    told = [fold, asdict(config), spec.weights_hash, [one.name for one in pictures]]
+    digest = hashlib.sha256(canonical_json(told).encode())
+    for one in pictures:
+        digest.update(np.ascontiguousarray(one.xy).tobytes() + np.ascontiguousarray(one.mitotic).tobytes())
+    return digest.hexdigest()
+
+
+def _take_up(model: Detector, kept: Path, identity: str) -> float:
+    """Put what a fold has learned into its model, and return its last losses' mean."""
+    state, about = load_state(kept)
+    if about["identity"] != identity:
+        raise CheckpointError(
+            f"{kept} is of another recipe, encoder or pictures; write to another folder, or delete it"
+        )
+    load_trained_state(cast(Any, model), state)
+    model.eval()
+    return float(about["loss"])
+
+
 def _state(model: Detector) -> dict[str, Tensor]:
     """Return a copy of what training changed; the network itself can go."""
     return {key: value.cpu().contiguous().clone() for key, value in trained_state(cast(Any, model)).items()}
-
-
-def save_detector(
-    folder: Path,
-    states: Sequence[Mapping[str, Tensor]],
-    config: DetectConfig,
-    *,
-    spec: EncoderSpec,
-    encoder: str,
-    threshold: float,
-) -> Path:
-    """Write what the folds trained as one file, whole or not at all; an encoder that is a file is copied beside it.
-
-    Args:
-        folder: to write to.
-        states: what each fold trained, as `saving.trained_state` names it.
-        config: how.
-        spec: of the encoder, with the hash of its weights before training.
-        encoder: as `load_encoder` takes it.
-        threshold: chosen out of fold.
-
-    Raises:
-        NonFiniteError: a trained value is NaN or infinite.
-        WeightsError: the encoder has no hash of its weights.
-    """
-    if not spec.weights_hash:
-        raise WeightsError(f"{spec.name} has no hash of its weights, so that a file could not name them; load it anew")
-    source, name = Path(encoder), encoder
-    folder.mkdir(parents=True, exist_ok=True)
-    if source.is_file():
-        name = f"encoder{source.suffix}"
-        draft = folder / f".{name}.part"
-        shutil.copyfile(source, draft)
-        replace_durably(draft, folder / name)
-    state = {f"{at}/{key}": value for at, one in enumerate(states) for key, value in one.items()}
-    about = {
-        "detector": VERSION,
-        "encoder": name,
-        "weights_hash": spec.weights_hash,
-        "folds": len(states),
-        "config": asdict(config),
-        "threshold": threshold,
-        "trained_hash": hash_tensors(state),
-        "version": __version__,
-    }
-    save_state(folder / FILE, state, about)
-    return folder / FILE
-
-
-def load_detector(folder: Path, *, device: str = "auto", encoder: str = "") -> TrainedDetector:
-    """Return the detector of a folder, ready for `detector_scan.find`.
-
-    Args:
-        folder: that `train_detector` wrote to.
-        device: "auto", "cpu", "cuda" ...
-        encoder: where the encoder lies, if not where the folder says.
-
-    Raises:
-        CheckpointError: no such file, another program's, or an altered one.
-        WeightsError: another encoder than the one that was trained on.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {FILE}; give the folder that eosin detect train wrote")
-    try:
-        state, about = load_state(path)
-        config, folds = _config(about["config"]), int(about["folds"])
-        kept, threshold, name = str(about["weights_hash"]), float(about["threshold"]), str(about["encoder"])
-        whole = hash_tensors(state) == about["trained_hash"]
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no detector, or damaged ({error}); copy it again, or train anew") from error
-    if not whole:
-        raise CheckpointError(f"{path} has been altered: its tensors are not those it was written with")
-    beside = folder / name
-    source = encoder or (str(beside) if name.startswith("encoder.") and beside.is_file() else name)
-    models: list[Detector] = []
-    for at in range(folds):
-        loaded = _encoder(source, device) if not models or config.adapt.mode != "head" else models[0]
-        if loaded.spec.weights_hash != kept:
-            raise WeightsError(
-                f"{path.name} was trained on {name} with weights {kept}; the encoder given is {loaded.spec.name} with "
-                f"weights {loaded.spec.weights_hash or 'without a hash'}: load the one it was trained on"
-            )
-        model = Detector(loaded.backbone, config.adapt, width=config.width, seed=config.seed + at)
-        start = f"{at}/"
-        own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        load_trained_state(cast(Any, model), own)
-        models.append(model)
-    return TrainedDetector(models, window_px=config.window_px, mpp=config.mpp, threshold=threshold)
-
-
-def _config(values: Mapping[str, Any]) -> DetectConfig:
-    adapted = AdaptConfig(**{**values["adapt"], "targets": tuple(values["adapt"]["targets"])})
-    return DetectConfig(**{**values, "adapt": adapted})
