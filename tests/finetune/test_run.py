@@ -200,10 +200,11 @@ def test_scale_and_cross_fitting() -> None:
     assert scale.temperature == pytest.approx(0.5, abs=0.05)
     assert scale.threshold == pytest.approx(0.5, abs=0.1)
     fold = np.arange(3000) % 3
-    p, calls = cross_fitted(y, x, fold)
+    p, calls, threshold = cross_fitted(y, x, fold)
     for each in range(3):
         rest = fit_scale(y[fold != each], x[fold != each])
         assert p[fold == each] == pytest.approx(expit((x[fold == each] - rest.shift) / rest.temperature))
+        assert (threshold[fold == each] == rest.threshold).all()
         assert (calls[fold == each] == (p[fold == each] >= rest.threshold)).all()
         assert p[fold == each].mean() == pytest.approx(y[fold == each].mean(), abs=0.03)
     # labels of a fold do not touch its own calls
@@ -225,6 +226,17 @@ def test_shift_brings_back_the_share_of_atypical_cells() -> None:
     assert 1 / scale.temperature == pytest.approx(line.coef_.item(), rel=1e-3)
     assert -scale.shift / scale.temperature == pytest.approx(line.intercept_.item(), rel=1e-3)
     assert (p >= scale.threshold).tolist() == (x >= scale.shift + scale.temperature * logit(scale.threshold)).tolist()
+
+
+def test_the_surest_calls_are_those_far_from_the_threshold() -> None:
+    """Where a fifth is atypical, the threshold lies far below a half, and most cells about a half are called right."""
+    rng = np.random.default_rng(2)
+    y = (rng.random(2000) < 0.2).astype(np.int64)
+    cells = cell_table(y.tolist(), slides=[f"s{at // 20}" for at in range(2000)])
+    x = rng.normal(size=2000) + 4 * y - 2
+    told = evaluate(cells, x[None], fit_scale(y, x), resamples=20).sections["uncertainty"]
+    assert told["wrong_sure"] < told["wrong"] < told["wrong_rest"] < 0.5
+    assert told["wrong"] == pytest.approx(0.8 * told["wrong_sure"] + 0.2 * told["wrong_rest"])
 
 
 def test_a_threshold_judged_where_it_was_chosen_flatters_itself() -> None:

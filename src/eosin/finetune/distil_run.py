@@ -168,7 +168,8 @@ def out_of_fold(run: Path) -> Said:
     table = read_predictions(run / OUT_OF_FOLD)
     told = json.loads((run / REPORT).read_text(encoding="utf-8"))["threshold"]
     logits = logit(table["p_atypical"].to_numpy().clip(_EPS, 1 - _EPS)) * told["temperature"] + told["shift"]
-    return Said(*cross_fitted(table["atypical"], logits, table["fold"].to_numpy(dtype=np.str_)), logits)
+    found = cross_fitted(table["atypical"], logits, table["fold"].to_numpy(dtype=np.str_))
+    return Said(found.p, found.calls, logits)
 
 
 def _predicted(run: Path) -> Said:

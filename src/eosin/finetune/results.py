@@ -9,11 +9,11 @@ puts it the lower the more atypical cells it has itself, which would lower a poo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from eosin.errors import PredictionsError
 from eosin.evaluation.calibration import calibration_slope_intercept, reliability
@@ -27,6 +27,7 @@ RANKED, SCORED = ("auroc", "auprc"), ("brier",)
 CALLS = ("ba", "sensitivity", "specificity")
 RELIABILITY_BINS = 10
 SURE_SHARE = 0.8
+_EPS = 1e-12  # from 0 and 1, before a logit
 
 Floats = npt.NDArray[np.float64]
 
@@ -67,8 +68,16 @@ def fit_scale(label: npt.ArrayLike, logits: npt.ArrayLike) -> Scale:
     return Scale(threshold=threshold, temperature=temperature, n=len(y), shift=shift, note=note)
 
 
-def cross_fitted(label: npt.ArrayLike, logits: npt.ArrayLike, fold_of: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Return P(atypical) (n,) and calls (n,) in {0, 1}, each fold's with the scale of the others.
+class CrossFitted(NamedTuple):
+    """P(atypical), calls in {0, 1} and the threshold they were made at, each (n,)."""
+
+    p: Floats
+    calls: Floats
+    threshold: Floats
+
+
+def cross_fitted(label: npt.ArrayLike, logits: npt.ArrayLike, fold_of: npt.ArrayLike) -> CrossFitted:
+    """Return what is called, each fold with the scale and threshold of the others.
 
     Args:
         label: (n,) 1 = atypical.
@@ -76,13 +85,13 @@ def cross_fitted(label: npt.ArrayLike, logits: npt.ArrayLike, fold_of: npt.Array
         fold_of: (n,) in which fold a cell was tested.
     """
     y, x, fold = np.asarray(label), np.asarray(logits, dtype=np.float64), np.asarray(fold_of)
-    p, calls = np.empty(len(x)), np.empty(len(x))
+    p, threshold = np.empty(len(x)), np.empty(len(x))
     for each in np.unique(fold):
         mine = fold == each
         scale = fit_scale(y[~mine], x[~mine])
         p[mine] = combine(x[mine], temperature=scale.temperature, shift=scale.shift).p
-        calls[mine] = p[mine] >= scale.threshold
-    return p, calls
+        threshold[mine] = scale.threshold
+    return CrossFitted(p, (p >= threshold).astype(np.float64), threshold)
 
 
 def evaluate(
@@ -109,10 +118,10 @@ def evaluate(
     """
     y, slides = cells.label.astype(np.int64), cells.group_key()
     if fold_of is not None:
-        p, calls = cross_fitted(y, logits[0], fold_of)
+        p, calls, threshold = cross_fitted(y, logits[0], fold_of)
     elif scale is not None:
         p = combine(logits, temperature=scale.temperature, shift=scale.shift).p
-        calls = (p >= scale.threshold).astype(np.float64)
+        calls, threshold = (p >= scale.threshold).astype(np.float64), np.full(len(p), scale.threshold)
     else:
         raise PredictionsError("predictions of an ensemble need its threshold and temperature")
     domain = np.where(cells.domain == "", "unknown", cells.domain)
@@ -129,7 +138,7 @@ def evaluate(
         "calls": called,
         "calibration": calibration_table(y, p, scanner, slides, **how),
         "reliability": _curves(y, p, scanner),
-        "uncertainty": _uncertainty(y, p, calls),
+        "uncertainty": _uncertainty(calls != y, p, threshold),
     }
     pooled = next(row["point"] for row in plain(called) if row["scope"] == "pooled" and row["metric"] == "ba")
     warning = sign_warning(auroc=auroc(y, ranks), ba=float(pooled))
@@ -152,10 +161,10 @@ def _curves(y: npt.NDArray[np.int64], p: Floats, scanner: npt.NDArray[np.str_]) 
     ]
 
 
-def _uncertainty(y: npt.NDArray[np.int64], p: Floats, calls: Floats) -> dict[str, Any]:
-    """Return the share of wrong calls among the surest cells and among the rest, sure being far from p = 0.5."""
-    wrong = calls != y
-    order = np.argsort(-np.abs(p - 0.5), kind="stable")
+def _uncertainty(wrong: npt.NDArray[np.bool_], p: Floats, threshold: Floats) -> dict[str, Any]:
+    """Return the share of wrong calls among the surest cells and among the rest, sure being far from the threshold."""
+    margin = np.abs(logit(np.clip(p, _EPS, 1 - _EPS)) - logit(np.clip(threshold, _EPS, 1 - _EPS)))
+    order = np.argsort(-margin, kind="stable")
     sure = order[: round(SURE_SHARE * len(order))]
     rest = order[len(sure) :]
     return {
