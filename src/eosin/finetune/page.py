@@ -145,8 +145,8 @@ def _part(section: Row, words: str) -> list[dict[str, Any]]:
     columns = ["", "cells", "atypical", "slides", *(NAMES[name] for name in COLUMNS), ""]
     sure = section["uncertainty"]
     said = (
-        f"Of the {100 * sure['sure_share']:.0f} % of cells furthest from the threshold {100 * sure['wrong_sure']:.1f} % are "
-        "called wrong, "
+        f"Of the {100 * sure['sure_share']:.0f} % of cells furthest from the threshold "
+        f"{100 * sure['wrong_sure']:.1f} % are called wrong, "
         f"of the rest {number(None if sure['wrong_rest'] is None else 100 * sure['wrong_rest'], 1)} %."
     )
     return [
