@@ -95,9 +95,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     """Return whether `flag` is set on any rank; every rank calls it."""
     if world_size() == 1:
         return flag
-    told = torch.tensor(float(flag), device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told.item())
+    return bool(all_reduce_(torch.tensor(float(flag), device=device), "max"))
 
 
 class _GatherRows(torch.autograd.Function):

@@ -6,11 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from eosin.errors import IndexCorruptError, IndexLockedError, IndexStoreError
+from eosin.errors import IndexCorruptError, IndexStoreError
 from eosin.features.writer import fsync_folder
-from eosin.retrieval.manifest import Manifest, disk_trouble
+from eosin.retrieval.manifest import Manifest, disk_trouble, lock_index
 
 SHARD = "shard"
 OPTIMISING = ".optimising"  # locked by the process that builds the graph
@@ -74,15 +72,8 @@ def check_optimised(path: Path) -> None:
     Raises:
         IndexLockedError: one does.
     """
-    try:
-        with FileLock(path / OPTIMISING, timeout=0):
-            pass
-    except Timeout as error:
-        raise IndexLockedError(
-            f"{path} is still being optimised by a process whose caller has ended; wait until it is done"
-        ) from error
-    except OSError as error:
-        raise disk_trouble(error, path) from error
+    held = "is still being optimised by a process whose caller has ended; wait until it is done"
+    lock_index(path, OPTIMISING, held).release()
 
 
 def damaged(path: Path, why: str) -> IndexCorruptError:

@@ -114,19 +114,25 @@ def check_build(path: Path) -> None:
         )
 
 
-def lock_index(path: Path) -> BaseFileLock:
+ELSEWHERE = "is open for writing elsewhere; close that index, or wait until its process ends"
+
+
+def lock_index(path: Path, name: str = ".lock", held: str = ELSEWHERE) -> BaseFileLock:
     """Return the held lock of the one process that may write the index; release it when done.
+
+    Args:
+        path: folder of the index.
+        name: of the lock's file.
+        held: what is said where another holds it.
 
     Raises:
         IndexLockedError: another process, or another open index of this one, holds it.
     """
-    lock = FileLock(path / ".lock", timeout=0, thread_local=False)
+    lock = FileLock(path / name, timeout=0, thread_local=False)
     try:
         lock.acquire()
     except Timeout as error:
-        raise IndexLockedError(
-            f"{path} is open for writing elsewhere; close that index, or wait until its process ends"
-        ) from error
+        raise IndexLockedError(f"{path} {held}") from error
     except OSError as error:
         raise disk_trouble(error, path) from error
     return lock
